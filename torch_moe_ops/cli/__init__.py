@@ -1,0 +1,24 @@
+"""The command line: `python -m torch_moe_ops COMMAND`, where each module of this package is a command.
+
+A command module has a docstring (its first line is the help text), add_arguments(parser) and main(args) -> exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pkgutil
+from collections.abc import Sequence
+from importlib import import_module
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m torch_moe_ops", description="Mixture-of-Experts ops for PyTorch.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+        command = import_module(f"{__name__}.{name}")
+        summary = command.__doc__.splitlines()[0]
+        subparser = commands.add_parser(name, help=summary, description=summary)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.main)
+    args = parser.parse_args(argv)
+    return args.run(args) or 0
