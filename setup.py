@@ -82,10 +82,24 @@ def local_arches() -> tuple[str, ...]:
     return tuple(arch for arch in DEFAULT_ARCHES if arch in found)
 
 
-def requested_arches(env: Mapping[str, str]) -> tuple[str, ...]:
-    """TORCH_MOE_CUDA_ARCH_LIST, else the GPUs of this machine, else all families."""
+def nvcc_minimum(arch: str) -> tuple[int, int]:
+    """The first nvcc that compiles for an entry: family targets came with 12.9, Blackwell with 12.8."""
+    if arch.endswith("f"):
+        return (12, 9)
+    return (12, 8) if int(arch.rstrip("a")) >= 100 else (12, 0)
+
+
+def choose_arches(env: Mapping[str, str], nvcc: tuple[int, ...]) -> tuple[str, ...]:
+    """TORCH_MOE_CUDA_ARCH_LIST, else what nvcc can compile of this machine's GPUs, or of all families without a GPU."""
     text = env.get("TORCH_MOE_CUDA_ARCH_LIST")
-    return parse_arch_list(text) if text is not None else local_arches() or DEFAULT_ARCHES
+    arches = local_arches() or DEFAULT_ARCHES if text is None else parse_arch_list(text)
+    possible = tuple(arch for arch in arches if nvcc >= nvcc_minimum(arch))
+    if text is not None and possible != arches:
+        too_new = next(arch for arch in arches if arch not in possible)
+        minimum = "{}.{}".format(*nvcc_minimum(too_new))
+        have = ".".join(map(str, nvcc))
+        raise SystemExit(f"TORCH_MOE_CUDA_ARCH_LIST: {too_new}: expected nvcc >= {minimum}, got {have}")
+    return possible
 
 
 def gencode_flags(arches: Iterable[str]) -> list[str]:
@@ -170,9 +184,9 @@ def find_cxx(env: Mapping[str, str]) -> str | None:
     return first_program([env.get("CXX"), "g++", "c++"], env)
 
 
-def nvcc_version(nvcc: str) -> str:
+def nvcc_version(nvcc: str) -> tuple[int, ...]:
     output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"V(\d+\.\d+\.\d+)", output)[1]
+    return tuple(map(int, re.search(r"V(\d+)\.(\d+)\.(\d+)", output).groups()))
 
 
 # plan -----------------------------------------------------------------------------------------------------------------
@@ -214,8 +228,9 @@ def make_plan(env: Mapping[str, str] = os.environ, places: Iterable[Path] | None
         return Plan(why_no_library="no C++ compiler was found")
     if not (nvcc := find_nvcc(env)):
         return Plan(why_no_library="no nvcc was found")
-    if not (arches := requested_arches(env)):
-        return Plan(why_no_library="TORCH_MOE_CUDA_ARCH_LIST is empty")
+    if not (arches := choose_arches(env, nvcc_version(nvcc))):
+        empty = "TORCH_MOE_CUDA_ARCH_LIST" in env
+        return Plan(why_no_library="TORCH_MOE_CUDA_ARCH_LIST is empty" if empty else "nvcc is older than 12.0")
     return Plan(arches, None, nvcc, cxx, find_torch(env, places), find_cutlass(env, places))
 
 
@@ -226,22 +241,29 @@ def escape(path: object) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def header_links(plan: Plan) -> dict[str, Path]:
+    """Names for the header directories inside the build directory, made of the version: pip's isolated build puts the
+    same headers at a new path with new times in each run, and compiling everything again would take minutes."""
+    cutlass = "cutlass-" + ".".join(map(str, cutlass_version(plan.cutlass_include)))
+    return {cutlass: plan.cutlass_include, f"torch-{torch_version(plan.torch_include)}": plan.torch_include}
+
+
 def compile_flags(plan: Plan) -> list[str]:
     """Flags of every translation unit. nvcc also drives the host compiler for .cpp files: it knows CUDA's headers."""
     defines = ["-DNDEBUG", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DTORCH_MOE_CUDA"]
     defines += [f"-DTORCH_MOE_{name.upper()}" for name in plan.families]
-    includes = [f"-I{CSRC}", "-isystem", str(plan.cutlass_include), "-isystem", str(plan.torch_include)]
+    includes = [f"-I{escape(CSRC)}", *(f"-isystem {name}" for name in header_links(plan))]
     host = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas"
-    return ["-ccbin", str(plan.cxx), "-std=c++20", "-O3", host, *defines, *includes]
+    return [f"-ccbin {escape(plan.cxx)}", "-std=c++20", "-O3", host, *defines, *includes]
 
 
 def ninja_file(plan: Plan, sources: Iterable[Path], library: Path) -> str:
     """The build graph. Object paths mirror csrc/, so a second build compiles only what changed."""
     device = "--expt-relaxed-constexpr --expt-extended-lambda -Xfatbin=-compress-all -diag-suppress=177"
-    flags = " ".join(escape(flag) for flag in compile_flags(plan))
+    flags = " ".join(compile_flags(plan))
     lines = [
         "rule compile",
-        f"  command = {escape(plan.nvcc)} {flags} $device -MD -MF $out.d -c $in -o $out",
+        f"  command = {escape(plan.nvcc)} {flags} $device -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $name",
@@ -269,12 +291,7 @@ def ninja_file(plan: Plan, sources: Iterable[Path], library: Path) -> str:
 
 
 def run_ninja(build_dir: Path, jobs: int) -> None:
-    try:
-        from ninja import BIN_DIR
-
-        ninja = f"{BIN_DIR}/ninja"
-    except ImportError:
-        ninja = shutil.which("ninja") or "ninja"
+    ninja = shutil.which("ninja") or f"{sysconfig.get_path('scripts')}/ninja"  # pip's isolated build puts it on PATH
     print(f"torch_moe_ops: {jobs} compile job(s) at a time (MAX_JOBS changes it)", flush=True)
     if code := subprocess.run([ninja, "-C", str(build_dir), "-j", str(jobs)]).returncode:
         raise SystemExit(f"torch_moe_ops: the CUDA build failed (exit status {code}); the compiler's message is above")
@@ -302,7 +319,7 @@ def build_info(plan: Plan) -> dict[str, object]:
         "why_no_library": plan.why_no_library,
         "cuda_arches": list(plan.arches),
         "families": plan.families,
-        "nvcc": nvcc_version(plan.nvcc) if built else None,
+        "nvcc": ".".join(map(str, nvcc_version(plan.nvcc))) if built else None,
         "cutlass": ".".join(map(str, cutlass_version(plan.cutlass_include))) if built else None,
         "torch_headers": torch_version(plan.torch_include) if built else None,
         "torch_minimum": TORCH_REQUIREMENT.removeprefix("torch>="),
@@ -327,6 +344,9 @@ class BuildLibrary(build_ext):
             print(f"torch_moe_ops: building {LIBRARY} for {';'.join(plan.arches)}", flush=True)
             build_dir = ROOT / "build" / "objects"
             build_dir.mkdir(parents=True, exist_ok=True)
+            for name, target in header_links(plan).items():
+                (build_dir / name).unlink(missing_ok=True)
+                (build_dir / name).symlink_to(target)
             sources = sorted([*CSRC.rglob("*.cu"), *CSRC.rglob("*.cpp")])
             (build_dir / "build.ninja").write_text(ninja_file(plan, sources, library))
             run_ninja(build_dir, plan.job_count)
