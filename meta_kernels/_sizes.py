@@ -1,0 +1,87 @@
+"""Sizes: P = max_rows(S, E, A), scale matrices, and the bytes that fused_moe's intermediates take.
+
+The only place that computes sizes. Everything is a pure function of shapes and works on symbolic sizes: no size is
+compared as a Python bool, so nothing is specialised under torch.compile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..activations import get_activation
+from ..formats import Format, get_format
+
+# Float32 scales of (1, 128) blocks lie MN-major, each column starting on 16 bytes, as TMA and 16-byte loads want it.
+MN_MAJOR_ALIGNMENT = 4
+
+
+def round_up(value: int, multiple: int) -> int:
+    return (value + multiple - 1) // multiple * multiple
+
+
+def max_rows(num_slots: int, num_experts: int, alignment: int = 1) -> int:
+    """P: the most rows that `num_slots` slots can take when each expert's rows are padded to a multiple of `alignment`.
+
+    At most min(E, S) experts have rows, each with at most A - 1 rows of padding, and the sum is a multiple of A.
+    """
+    if alignment == 1:
+        return num_slots
+    used_experts = torch.sym_min(num_experts, num_slots)
+    return (num_slots + used_experts * (alignment - 1)) // alignment * alignment
+
+
+def is_mn_major(format: Format) -> bool:
+    """Whether permute and act_mul write the scale MN-major."""
+    return format.act_block == (1, 128)
+
+
+def act_scale_strides(format: Format, rows: int, columns: int) -> tuple[int, int]:
+    """Strides of the scale that permute and act_mul write."""
+    return (1, round_up(rows, MN_MAJOR_ALIGNMENT)) if is_mn_major(format) else (torch.sym_max(columns, 1), 1)
+
+
+def empty_values(format: Format, rows: int, k: int, device: torch.device) -> Tensor:
+    """[rows, k/pack], contiguous."""
+    return torch.empty((rows, k // format.pack), dtype=format.dtype, device=device)
+
+
+def empty_act_scale(format: Format, rows: int, k: int, device: torch.device) -> Tensor:
+    """The scale of activations [rows, k] as permute and act_mul write it: MN-major for fp8_block, else contiguous."""
+    shape = format.act_scale_shape(rows, k)
+    strides = act_scale_strides(format, *shape)
+    return torch.empty_strided(shape, strides, dtype=format.scale_dtype, device=device)
+
+
+def workspace_bytes(
+    num_tokens: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    top_k: int,
+    format: str = "bf16",
+    act_format: str = "",
+    *,
+    activation: str = "silu",
+    alignment: int = 1,
+) -> int:
+    """Bytes of all intermediates of one `fused_moe` call: a pure function of shapes.
+
+    They are the results of sort_slots, permute, grouped_gemm, act_mul and grouped_gemm, all alive at once; a backend
+    that fuses stages needs less. The inputs and the output [T, H] are not counted.
+    """
+    fmt = get_format("workspace_bytes", act_format or format)
+    gate_up_columns = intermediate_size * (2 if get_activation("workspace_bytes", activation).gated else 1)
+    slots = num_tokens * top_k
+    rows = max_rows(slots, num_experts, alignment)
+    maps = 4 * (num_experts + 1 + slots + rows)  # expert_offsets, slot_to_row, row_to_slot
+    gemm_outputs = 2 * rows * (gate_up_columns + hidden_size)  # gate_up, expert_out in bfloat16 or float16
+    return maps + gemm_outputs + _act_bytes(fmt, rows, hidden_size) + _act_bytes(fmt, rows, intermediate_size)
+
+
+def _act_bytes(format: Format, rows: int, k: int) -> int:
+    """Bytes of quantised activations [rows, k] and of their scale as `empty_act_scale` lays it out."""
+    scale_rows, scale_columns = format.act_scale_shape(rows, k)
+    if is_mn_major(format):
+        scale_rows = round_up(scale_rows, MN_MAJOR_ALIGNMENT)
+    return rows * (k // format.pack) * format.dtype.itemsize + scale_rows * scale_columns * format.scale_dtype.itemsize

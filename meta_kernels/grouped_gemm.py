@@ -1,0 +1,104 @@
+"""a [P, K/pack], b [E, N, K/pack] -> out [P, N]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..formats import FORMATS, Format, get_format
+from ._check import (
+    FLOAT32,
+    FLOATS,
+    INT32,
+    expect_choice,
+    expect_range,
+    expect_sizes,
+    expect_tensor,
+    refuse,
+    storage_dtypes,
+)
+from .quantize import check_global_scale
+
+
+def check(
+    a: Tensor,
+    b: Tensor,
+    expert_offsets: Tensor,
+    *,
+    a_scale: Tensor | None = None,
+    b_scale: Tensor | None = None,
+    a_global_scale: Tensor | None = None,
+    b_global_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    format: str = "bf16",
+    act_format: str = "",
+    b_parts: int = 1,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    op, device = "grouped_gemm", a.device
+    b_format, a_format = check_formats(op, format, act_format)
+    num_rows, a_columns = expect_sizes(op, "a", a, storage_dtypes(a_format.dtype), ("P", "K"))
+    k = a_columns * a_format.pack
+    num_experts, n, _ = expect_sizes(op, "b", b, storage_dtypes(b_format.dtype), ("E", "N", "K"), device)
+    expect_range(op, "b_parts", b_parts, 1)
+    check_weight(op, "b", b_format, b, b_scale, b_global_scale, bias, (num_experts, n, k), b_parts, device)
+    expect_tensor(op, "expert_offsets", expert_offsets, INT32, (num_experts + 1,), device)
+    if a_format.has_scale or a_scale is not None:
+        if a_scale is None:
+            refuse(op, "a_scale", f"a scale for {a_format.name}", None)
+        shape = a_format.act_scale_shape(num_rows, k)
+        expect_tensor(op, "a_scale", a_scale, storage_dtypes(a_format.scale_dtype), shape, device, contiguous=False)
+    check_global_scale(op, "a_global_scale", a_format, a_global_scale, num_experts, device)
+    expect_choice(op, "out_dtype", out_dtype, FLOATS)
+
+
+def fake(a: Tensor, b: Tensor, expert_offsets: Tensor, **options: object) -> Tensor:
+    check(a, b, expert_offsets, **options)
+    return torch.empty((a.shape[0], b.shape[1]), dtype=options.get("out_dtype", torch.bfloat16), device=a.device)
+
+
+def check_formats(op: str, format: str, act_format: str) -> tuple[Format, Format]:
+    """The formats of weights and activations: the same one, bf16 or fp16 activations, or mxfp8 with mxfp4 weights."""
+    weights = get_format(op, format)
+    if not act_format or act_format == format:
+        return weights, weights
+    if weights.has_scale and act_format in ("bf16", "fp16"):
+        return weights, FORMATS[act_format]
+    if (format, act_format) == ("mxfp4", "mxfp8"):
+        return weights, FORMATS[act_format]
+    choices = [format] + ["bf16", "fp16"] * weights.has_scale + ["mxfp8"] * (format == "mxfp4")
+    refuse(op, "act_format", f"{' or '.join(choices)} for {format} weights", act_format)
+
+
+def check_weight(
+    op: str,
+    name: str,
+    format: Format,
+    weight: Tensor,
+    scale: Tensor | None,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    sizes: tuple[int, int, int],
+    parts: int,
+    device: torch.device,
+) -> None:
+    """weight [E, N, K/pack] with its scale, global scale and bias; sizes are (E, N, K), K in values."""
+    num_experts, n, k = sizes
+    scale_name, global_name = f"{name}_scale", f"{name}_global_scale"
+    if n % parts:
+        refuse(op, name, f"a multiple of {parts} rows per expert", list(weight.shape))
+    expect_tensor(op, name, weight, storage_dtypes(format.dtype), (num_experts, n, k // format.pack), device)
+    if format.has_scale:
+        if scale is None:
+            refuse(op, scale_name, f"a scale for {format.name}", None)
+        shape = (num_experts, *format.weight_scale_shape(n, k, parts))
+        expect_tensor(op, scale_name, scale, storage_dtypes(format.scale_dtype), shape, device, contiguous=False)
+    elif scale is not None:
+        refuse(op, scale_name, f"none for {format.name}", list(scale.shape))
+    if global_scale is not None:
+        if not format.has_global_scale:
+            refuse(op, global_name, f"none for {format.name}", list(global_scale.shape))
+        shape = (num_experts, parts) if global_scale.dim() > 1 else (num_experts,)
+        expect_tensor(op, global_name, global_scale, FLOAT32, shape, device)
+    if bias is not None:
+        expect_tensor(op, "bias" if name == "b" else f"{name}_bias", bias, FLOATS, (num_experts, n), device)

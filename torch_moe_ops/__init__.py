@@ -1,0 +1,43 @@
+"""Mixture-of-Experts inference for PyTorch: routing, grouped GEMM and fused MoE, from BF16 to NVFP4.
+
+Every op is in `torch.ops.moe` too; `docs/ops.md` is their contract. `print(explain(...))` says which backend runs.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import _library as _library  # defines torch.ops.moe
+from .backends import explain
+from .build_info import build_info
+from .experts import Experts
+from .formats import FORMATS as formats
+from .meta_kernels._sizes import max_rows, workspace_bytes
+from .ops.act_mul import act_mul
+from .ops.finalize import finalize
+from .ops.fused_moe import fused_moe
+from .ops.grouped_gemm import grouped_gemm
+from .ops.permute import permute
+from .ops.quantize import quantize
+from .ops.sort_slots import sort_slots
+from .ops.topk import topk
+
+try:
+    __version__ = version("torch_moe_ops")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Experts",
+    "act_mul",
+    "build_info",
+    "explain",
+    "finalize",
+    "formats",
+    "fused_moe",
+    "grouped_gemm",
+    "max_rows",
+    "permute",
+    "quantize",
+    "sort_slots",
+    "topk",
+    "workspace_bytes",
+]

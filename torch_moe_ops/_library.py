@@ -1,0 +1,145 @@
+"""The one Library("moe", "DEF"): schemas, overloads, fakes and Python kernels of every op.
+
+For op X the schema comes from ops/X.py, checks and fake from meta_kernels/X.py, the reference from reference/X.py, the
+portable GPU kernel from triton/X.py and the CUDA kernels from the shared library _C.so, which registers them under the
+same names (`moe::X.cuda`) and may be absent.
+
+    default    checks, then the backend that `backends.select` names
+    reference  plain torch, on any device
+    the rest   one overload per backend; called by name, they check their arguments first too
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch.library import Library, register_fake
+
+from .backends import CANDIDATES, OPS, Problem, built_backends, compute_capability, expect_gpu_format, select
+from .meta_kernels._check import expect_no_grad, refuse
+
+LIBRARY = Library("moe", "DEF")
+SHARED_LIBRARY = Path(__file__).with_name("_C.so")
+
+# Weight scales may come in any strides: Inductor must hand them over as they are.
+READS_STRIDED_SCALES = ("grouped_gemm", "fused_moe")
+
+
+def _module(layer: str, op: str) -> ModuleType:
+    return importlib.import_module(f".{layer}.{op}", __package__)
+
+
+def _overload(op: str, name: str) -> torch._ops.OpOverload:
+    return getattr(getattr(torch.ops.moe, op), name)
+
+
+def _define(op: str) -> None:
+    """The schema of ops/X.py, once for `default` and once per backend."""
+    tags = [torch.Tag.pt2_compliant_tag]
+    if op in READS_STRIDED_SCALES:
+        tags.append(torch.Tag.needs_exact_strides)
+    schema = " ".join(_module("ops", op).SCHEMA.split())
+    LIBRARY.define(f"{op}{schema}", tags=tags)
+    for backend in CANDIDATES[op]:
+        LIBRARY.define(f"{op}.{backend}{schema}", tags=tags)
+
+
+def _register_fakes(op: str) -> None:
+    meta = _module("meta_kernels", op)
+    names = _argument_names(op)
+
+    def default_fake(*args, **options):
+        expect_no_grad(op, names, args, options)
+        result = meta.fake(*args, **options)
+        given = {**dict(zip(names, args, strict=False)), **options}
+        expect_gpu_format(op, args[0].device.type, given.get("format", "bf16"), given.get("act_format", ""))
+        return result
+
+    register_fake(f"moe::{op}", default_fake, lib=LIBRARY)
+    for backend in CANDIDATES[op]:
+        register_fake(f"moe::{op}.{backend}", meta.fake, lib=LIBRARY)
+
+
+def _register_default(op: str) -> None:
+    """Checks, chooses, calls. The chosen overload is called below autograd, where it does not check again."""
+    check, facts, names = _module("meta_kernels", op).check, _module("ops", op).facts, _argument_names(op)
+    overloads = {backend: _overload(op, backend) for backend in CANDIDATES[op]}
+
+    def default(*args, **options):
+        expect_no_grad(op, names, args, options)
+        check(*args, **options)
+        device = args[0].device
+        problem = Problem(
+            op, device.type, compute_capability(device), built_backends(op, device.type), **facts(*args, **options)
+        )
+        expect_gpu_format(op, device.type, problem.format, problem.act_format)
+        overload = overloads[select(problem)]
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args, **options)
+
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(op, default, key)
+
+
+def _register_backend(op: str, backend: str) -> None:
+    """What runs when a backend is called by name: the same checks, in front of its kernel."""
+    check, names, overload = _module("meta_kernels", op).check, _argument_names(op), _overload(op, backend)
+
+    def checked(*args, **options):
+        expect_no_grad(op, names, args, options)
+        check(*args, **options)
+        device = args[0].device
+        if backend not in built_backends(op, device.type):
+            refuse(op, "backend", f"one with a kernel for {device.type} tensors", backend)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args, **options)
+
+    LIBRARY.impl(f"{op}.{backend}", checked, "Autograd")
+
+
+def _register_python_kernel(op: str, backend: str, kernel: Callable, key: str) -> None:
+    """`kernel` for one dispatch key. Tensors made in inference mode pass autograd by, so they are checked here."""
+    check = _module("meta_kernels", op).check
+
+    def checked_kernel(*args, **options):
+        if args[0].is_inference():
+            check(*args, **options)
+        return kernel(*args, **options)
+
+    LIBRARY.impl(f"{op}.{backend}", checked_kernel, key)
+
+
+def _register_triton(op: str) -> None:
+    """triton/X.py for CUDA tensors, and for CPU tensors under Triton's interpreter. Imported at the first call."""
+    if importlib.util.find_spec("triton") is None:
+        return
+
+    def kernel(*args, **options):
+        return getattr(_module("triton", op), op)(*args, **options)
+
+    _register_python_kernel(op, "triton", kernel, "CUDA")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _register_python_kernel(op, "triton", kernel, "CPU")
+
+
+def _argument_names(op: str) -> list[str]:
+    return [argument.name for argument in _overload(op, "default")._schema.arguments]
+
+
+for _op in OPS:
+    _define(_op)
+if SHARED_LIBRARY.exists():
+    torch.ops.load_library(str(SHARED_LIBRARY))
+for _op in OPS:
+    _register_fakes(_op)
+    _register_default(_op)
+    _register_python_kernel(_op, "reference", getattr(_module("reference", _op), _op), "CompositeExplicitAutograd")
+    _register_triton(_op)
+    for _backend in CANDIDATES[_op]:
+        _register_backend(_op, _backend)

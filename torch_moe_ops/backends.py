@@ -1,0 +1,268 @@
+"""Backends: which implementation of an op runs, and why.
+
+A backend is an overload of an op (`moe::fused_moe.cutlass_sm90`). The choice is a pure function of a `Problem`, the
+static facts of a call: it depends on no tensor value, no number of tokens, no environment variable and no timing.
+`CANDIDATES` lists the backends of each op in preference order; each has a predicate that returns None when it can run
+the problem, else one sentence that says why not. The first without an objection runs. On a GPU the reference is never
+chosen: a problem that no GPU backend takes is an error, not slow code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+
+from .formats import FORMATS, get_format
+
+STAGE = ("cuda", "triton", "reference")
+CANDIDATES: dict[str, tuple[str, ...]] = {
+    "topk": STAGE,
+    "sort_slots": STAGE,
+    "quantize": STAGE,
+    "permute": STAGE,
+    "grouped_gemm": ("cutlass_sm90", "cutlass_sm100", "cutlass_sm120", "cutlass_sm80", "triton", "reference"),
+    "act_mul": STAGE,
+    "finalize": STAGE,
+    "fused_moe": ("cutlass_sm90", "triton", "reference"),
+}
+OPS = tuple(CANDIDATES)
+GPU_FORMATS = ("bf16", "fp16", "fp8_block")
+
+
+class Problem(NamedTuple):
+    """The static facts a backend is chosen from. Sizes that the caller of `explain` left open are None or absent."""
+
+    op: str
+    device_type: str
+    sm: int  # compute capability, 90 for 9.0; 0 off GPUs
+    built: frozenset[str]  # the backends that have a kernel for this op on this device type
+    format: str = "bf16"
+    act_format: str = ""
+    activation: str = "silu"
+    gemms: tuple[tuple[int, int], ...] = ()  # (n, k) of each GEMM
+    num_experts: int | None = None
+    top_k: int | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one backend says about a problem; `reason` is None for yes."""
+
+    backend: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The candidates for a problem in preference order; `backend` is the one that runs, None if all refuse."""
+
+    problem: Problem
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def backend(self) -> str | None:
+        return next((verdict.backend for verdict in self.verdicts if verdict.reason is None), None)
+
+    def __str__(self) -> str:
+        p = self.problem
+        where = f"{p.device_type} (sm{p.sm})" if p.sm else p.device_type
+        formats = p.format if p.act_format in ("", p.format) else f"{p.format} weights, {p.act_format} activations"
+        sizes = "".join(f", n {n} k {k}" for n, k in p.gemms)
+        lines = [f"{p.op} on {where}, {formats}{sizes}"]
+        for verdict in self.verdicts:
+            if verdict.reason:
+                says = f"no: {verdict.reason}"
+            else:
+                says = "yes" if verdict.backend == self.backend else f"yes, after {self.backend}"
+            lines.append(f"  {verdict.backend:<14}{says}")
+        return "\n".join(lines)
+
+
+# ---- predicates: None or one sentence --------------------------------------------------------------------------------
+
+
+def _reference(p: Problem) -> str | None:
+    if p.device_type != "cpu":
+        return "plain torch; on a GPU it runs only when called by name"
+    return None
+
+
+def _triton(p: Problem) -> str | None:
+    if p.device_type == "cpu":
+        return "Triton's interpreter is for tests; on a CPU it runs only when called by name"
+    return _not_built(p, "triton", "the triton package is not installed") or _needs_sm(p, range(80, 1000), "sm80")
+
+
+def _cuda(p: Problem) -> str | None:
+    return _not_on_gpu(p) or _not_built(p, "cuda") or _needs_sm(p, range(80, 1000), "sm80")
+
+
+def _cutlass_sm80(p: Problem) -> str | None:
+    return (
+        _not_on_gpu(p)
+        or _needs_sm(p, range(80, 90), "sm80 to sm89")
+        or _not_built(p, "cutlass_sm80")
+        or _needs_format(p, ("bf16", "fp16"))
+        or _needs_alignment(p)
+    )
+
+
+def _cutlass_sm90(p: Problem) -> str | None:
+    return (
+        _not_on_gpu(p)
+        or _needs_sm(p, (90,), "sm90")
+        or _not_built(p, "cutlass_sm90")
+        or _needs_format(p, ("bf16", "fp16", "fp8_block"))
+        or _needs_alignment(p)
+    )
+
+
+def _cutlass_sm100(p: Problem) -> str | None:
+    return (
+        _not_on_gpu(p)
+        or _needs_sm(p, (100, 103), "sm100 or sm103")
+        or _not_built(p, "cutlass_sm100")
+        or _needs_format(p, ("bf16", "fp8_block"))
+        or _needs_alignment(p)
+    )
+
+
+def _cutlass_sm120(p: Problem) -> str | None:
+    return (
+        _not_on_gpu(p)
+        or _needs_sm(p, (120, 121), "sm120 or sm121")
+        or _not_built(p, "cutlass_sm120")
+        or _needs_format(p, ("bf16", "fp8_block"))
+        or _needs_alignment(p)
+    )
+
+
+PREDICATES: dict[str, Callable[[Problem], str | None]] = {
+    "reference": _reference,
+    "triton": _triton,
+    "cuda": _cuda,
+    "cutlass_sm80": _cutlass_sm80,
+    "cutlass_sm90": _cutlass_sm90,
+    "cutlass_sm100": _cutlass_sm100,
+    "cutlass_sm120": _cutlass_sm120,
+}
+
+
+def _not_on_gpu(p: Problem) -> str | None:
+    return None if p.device_type == "cuda" else f"needs a CUDA device, got {p.device_type}"
+
+
+def _not_built(p: Problem, backend: str, reason: str = "this build has no such CUDA kernel") -> str | None:
+    return None if backend in p.built else reason
+
+
+def _needs_sm(p: Problem, sms: range | tuple[int, ...], text: str) -> str | None:
+    return None if p.sm in sms else f"needs {text}, got sm{p.sm}"
+
+
+def _needs_format(p: Problem, formats: tuple[str, ...]) -> str | None:
+    if p.format not in formats:
+        return f"takes {', '.join(formats)}, got {p.format}"
+    if p.act_format not in ("", p.format):
+        return f"needs activations in the format of the weights, got {p.act_format} with {p.format}"
+    return None
+
+
+def _needs_alignment(p: Problem) -> str | None:
+    """Rows of a and b are read in 16-byte pieces, rows of out written in pieces of 8 values."""
+    itemsize = FORMATS[p.format].dtype.itemsize
+    for n, k in p.gemms:
+        if k * itemsize % 16:
+            return f"needs K to be a multiple of {16 // itemsize}, got {k}"
+        if n % 8:
+            return f"needs N to be a multiple of 8, got {n}"
+    return None
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+
+
+def explain_problem(problem: Problem) -> Explanation:
+    names = CANDIDATES[problem.op]
+    return Explanation(problem, tuple(Verdict(name, PREDICATES[name](problem)) for name in names))
+
+
+@lru_cache(maxsize=1024)
+def select(problem: Problem) -> str:
+    """The backend that runs the problem, or a one-line error with every backend's reason."""
+    explanation = explain_problem(problem)
+    if explanation.backend is None:
+        reasons = "; ".join(f"{verdict.backend}: {verdict.reason}" for verdict in explanation.verdicts)
+        raise RuntimeError(f"{problem.op}: backend: expected one that can run this problem, got none ({reasons})")
+    return explanation.backend
+
+
+def expect_gpu_format(op: str, device_type: str, format: str, act_format: str = "") -> None:
+    """Refuses what no GPU backend has a kernel for yet, in the fake as well as in the op."""
+    if device_type != "cuda":
+        return
+    not_yet = "GPU kernels for it are not there yet; the reference backend and CPU tensors take every format"
+    if format in FORMATS and format not in GPU_FORMATS:
+        raise RuntimeError(f"{op}: format: expected bf16, fp16 or fp8_block on a GPU, got {format} ({not_yet})")
+    if act_format not in ("", format):
+        raise RuntimeError(f"{op}: act_format: expected {format} on a GPU, got {act_format} ({not_yet})")
+
+
+@cache
+def built_backends(op: str, device_type: str) -> frozenset[str]:
+    """The backends of an op that have a kernel for this device type. Kernels are registered at import, never later."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type, "CompositeExplicitAutograd")
+    has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
+    return frozenset(name for name in CANDIDATES[op] if has_kernel(f"moe::{op}.{name}", key))
+
+
+@cache
+def compute_capability(device: torch.device) -> int:
+    """90 for 9.0; 0 off GPUs."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def explain(
+    op: str = "fused_moe",
+    *,
+    device: str | torch.device = "cuda",
+    sm: int | None = None,
+    format: str = "bf16",
+    act_format: str = "",
+    activation: str = "silu",
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    num_experts: int | None = None,
+    top_k: int | None = None,
+    n: int | None = None,
+    k: int | None = None,
+) -> Explanation:
+    """Which backend runs a problem, and what every candidate says about it: ``print(explain(...))``.
+
+    Facts left out raise no objection. `hidden_size` and `intermediate_size` are fused_moe's, `n` and `k` are
+    grouped_gemm's; `sm` (90 for 9.0) asks about a GPU other than the one at `device`, with the kernels of this build.
+    """
+    from .activations import get_activation
+
+    if op not in CANDIDATES:
+        raise RuntimeError(f"explain: op: expected one of {', '.join(OPS)}, got {op}")
+    get_format(op, format)
+    gemms: tuple[tuple[int, int], ...] = ()
+    if op == "fused_moe" and hidden_size and intermediate_size:
+        parts = 2 if get_activation(op, activation).gated else 1
+        gemms = ((parts * intermediate_size, hidden_size), (hidden_size, intermediate_size))
+    elif n and k:
+        gemms = ((n, k),)
+    device = torch.device(device)
+    sm = compute_capability(device) if sm is None else sm
+    built = built_backends(op, device.type)
+    return explain_problem(
+        Problem(op, device.type, sm, built, format, act_format, activation, gemms, num_experts, top_k)
+    )

@@ -1,0 +1,83 @@
+"""out[r, n] = sum over k of a[r, k] * b[e, n, k] (+ bias[e, n]) for rows r of expert e: a [P, K], b [E, N, K]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..formats import FORMATS
+
+SCHEMA = """(Tensor a, Tensor b, Tensor expert_offsets, *, Tensor? a_scale=None, Tensor? b_scale=None,
+Tensor? a_global_scale=None, Tensor? b_global_scale=None, Tensor? bias=None, str format="bf16", str act_format="",
+int b_parts=1, ScalarType out_dtype=bfloat16) -> Tensor"""
+
+
+def facts(
+    a: Tensor, b: Tensor, expert_offsets: Tensor, *, format: str = "bf16", act_format: str = "", **_: object
+) -> dict[str, object]:
+    num_experts, n, columns = b.shape
+    return {
+        "format": format,
+        "act_format": act_format,
+        "gemms": ((int(n), int(columns) * FORMATS[format].pack),),
+        "num_experts": int(num_experts),
+    }
+
+
+def grouped_gemm(
+    a: Tensor,
+    b: Tensor,
+    expert_offsets: Tensor,
+    *,
+    a_scale: Tensor | None = None,
+    b_scale: Tensor | None = None,
+    a_global_scale: Tensor | None = None,
+    b_global_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    format: str = "bf16",
+    act_format: str = "",
+    b_parts: int = 1,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """One matrix product per expert, over the expert's rows.
+
+        out[r, n] = sum over k of a[r, k] * b[e, n, k] (+ bias[e, n]),  expert_offsets[e] <= r < expert_offsets[e + 1]
+
+    a and b are dequantised (value * scale * global_scale) and summed in float32. With fp8_block on both sides each
+    128-K block is summed on its own, multiplied by a_scale * b_scale and added to the total in K order.
+
+    Args:
+        a: activations [P, K/pack] in `act_format`, contiguous.
+        b: weights [E, N, K/pack] in `format`, contiguous.
+        expert_offsets: int32 [E + 1], from `sort_slots`.
+        a_scale: [P, scale columns], any strides; as `permute`, `act_mul` or `quantize` give it.
+        b_scale: [E, b_parts * ceil(N / b_parts / block_rows), ceil(K / block_k)], any strides.
+        a_global_scale: float32, one element or [E]; nvfp4 activations only.
+        b_global_scale: float32 [E, b_parts] or [E]; nvfp4 weights only.
+        bias: bfloat16, float16 or float32 [E, N].
+        format: of b.
+        act_format: of a; "" = `format`. "bf16" or "fp16" with quantised weights is weight-only quantisation.
+        b_parts: b[e] is this many equally tall matrices on top of each other (2 for w13: gate over up); scale blocks
+            and global scales are counted within each.
+        out_dtype: bfloat16, float16 or float32.
+
+    Returns:
+        [P, N]. Rows outside the experts' ranges are unspecified.
+
+    Raises:
+        RuntimeError: ``grouped_gemm: argument: expected ..., got ...``
+    """
+    return torch.ops.moe.grouped_gemm.default(
+        a,
+        b,
+        expert_offsets,
+        a_scale=a_scale,
+        b_scale=b_scale,
+        a_global_scale=a_global_scale,
+        b_global_scale=b_global_scale,
+        bias=bias,
+        format=format,
+        act_format=act_format,
+        b_parts=b_parts,
+        out_dtype=out_dtype,
+    )
