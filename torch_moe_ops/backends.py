@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from .activations import get_activation
 from .formats import FORMATS, get_format
 
 STAGE = ("cuda", "triton", "reference")
@@ -30,11 +31,29 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "fused_moe": ("cutlass_sm90", "triton", "reference"),
 }
 OPS = tuple(CANDIDATES)
-GPU_FORMATS = ("bf16", "fp16", "fp8_block")
+
+# What the GPU backends of the GEMMs multiply, weights and activations in the same format; Triton also multiplies
+# quantised weights by bf16 and fp16 activations. The other GPU kernels take every format.
+GEMM_OPS = ("grouped_gemm", "fused_moe")
+GEMM_FORMATS: dict[str, tuple[str, ...]] = {
+    "cutlass_sm80": ("bf16", "fp16", "int8"),
+    "cutlass_sm90": ("bf16", "fp16", "fp8_block"),
+    "cutlass_sm100": ("bf16", "fp8_block"),
+    "cutlass_sm120": ("bf16", "fp8_block"),
+    "triton": ("bf16", "fp16", "int8", "fp8_block"),
+}
+
+
+class Gemm(NamedTuple):
+    """A weight [n, k] of an expert, as `parts` equally tall matrices on top of each other."""
+
+    n: int
+    k: int
+    parts: int = 1
 
 
 class Problem(NamedTuple):
-    """The static facts a backend is chosen from. Sizes that the caller of `explain` left open are None or absent."""
+    """The static facts a backend is chosen from. What the caller of `explain` left open is None or empty."""
 
     op: str
     device_type: str
@@ -43,9 +62,11 @@ class Problem(NamedTuple):
     format: str = "bf16"
     act_format: str = ""
     activation: str = "silu"
-    gemms: tuple[tuple[int, int], ...] = ()  # (n, k) of each GEMM
+    gemms: tuple[Gemm, ...] = ()
     num_experts: int | None = None
     top_k: int | None = None
+    out_dtype: torch.dtype | None = None
+    bias_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +92,7 @@ class Explanation:
         p = self.problem
         where = f"{p.device_type} (sm{p.sm})" if p.sm else p.device_type
         formats = p.format if p.act_format in ("", p.format) else f"{p.format} weights, {p.act_format} activations"
-        sizes = "".join(f", n {n} k {k}" for n, k in p.gemms)
+        sizes = "".join(f", n {n} k {k}" for n, k, _ in p.gemms)
         lines = [f"{p.op} on {where}, {formats}{sizes}"]
         for verdict in self.verdicts:
             if verdict.reason:
@@ -94,51 +115,33 @@ def _reference(p: Problem) -> str | None:
 def _triton(p: Problem) -> str | None:
     if p.device_type == "cpu":
         return "Triton's interpreter is for tests; on a CPU it runs only when called by name"
-    return _not_built(p, "triton", "the triton package is not installed") or _needs_sm(p, range(80, 1000), "sm80")
+    return (
+        _not_built(p, "triton", "the triton package is not installed")
+        or _needs_sm(p, range(80, 1000), "sm80 or later")
+        or _needs_format(p, "triton", weight_only=True)
+    )
 
 
 def _cuda(p: Problem) -> str | None:
-    return _not_on_gpu(p) or _not_built(p, "cuda") or _needs_sm(p, range(80, 1000), "sm80")
+    return _not_on_gpu(p) or _needs_sm(p, range(80, 1000), "sm80 or later") or _not_built(p, "cuda")
 
 
 def _cutlass_sm80(p: Problem) -> str | None:
-    return (
-        _not_on_gpu(p)
-        or _needs_sm(p, range(80, 90), "sm80 to sm89")
-        or _not_built(p, "cutlass_sm80")
-        or _needs_format(p, ("bf16", "fp16"))
-        or _needs_alignment(p)
-    )
+    return _cutlass(p, "cutlass_sm80", range(80, 90), "sm80 to sm89")
 
 
 def _cutlass_sm90(p: Problem) -> str | None:
-    return (
-        _not_on_gpu(p)
-        or _needs_sm(p, (90,), "sm90")
-        or _not_built(p, "cutlass_sm90")
-        or _needs_format(p, ("bf16", "fp16", "fp8_block"))
-        or _needs_alignment(p)
-    )
+    if p.num_experts and p.num_experts > 1024:
+        return f"takes at most 1024 experts, got {p.num_experts}"
+    return _cutlass(p, "cutlass_sm90", (90,), "sm90")
 
 
 def _cutlass_sm100(p: Problem) -> str | None:
-    return (
-        _not_on_gpu(p)
-        or _needs_sm(p, (100, 103), "sm100 or sm103")
-        or _not_built(p, "cutlass_sm100")
-        or _needs_format(p, ("bf16", "fp8_block"))
-        or _needs_alignment(p)
-    )
+    return _cutlass(p, "cutlass_sm100", (100, 103), "sm100 or sm103") or _needs_whole_bf16(p)
 
 
 def _cutlass_sm120(p: Problem) -> str | None:
-    return (
-        _not_on_gpu(p)
-        or _needs_sm(p, (120, 121), "sm120 or sm121")
-        or _not_built(p, "cutlass_sm120")
-        or _needs_format(p, ("bf16", "fp8_block"))
-        or _needs_alignment(p)
-    )
+    return _cutlass(p, "cutlass_sm120", (120, 121), "sm120 or sm121") or _needs_whole_bf16(p)
 
 
 PREDICATES: dict[str, Callable[[Problem], str | None]] = {
@@ -150,6 +153,16 @@ PREDICATES: dict[str, Callable[[Problem], str | None]] = {
     "cutlass_sm100": _cutlass_sm100,
     "cutlass_sm120": _cutlass_sm120,
 }
+
+
+def _cutlass(p: Problem, backend: str, sms: range | tuple[int, ...], text: str) -> str | None:
+    return (
+        _not_on_gpu(p)
+        or _needs_sm(p, sms, text)
+        or _not_built(p, backend)
+        or _needs_format(p, backend)
+        or _needs_alignment(p)
+    )
 
 
 def _not_on_gpu(p: Problem) -> str | None:
@@ -164,10 +177,13 @@ def _needs_sm(p: Problem, sms: range | tuple[int, ...], text: str) -> str | None
     return None if p.sm in sms else f"needs {text}, got sm{p.sm}"
 
 
-def _needs_format(p: Problem, formats: tuple[str, ...]) -> str | None:
-    if p.format not in formats:
-        return f"takes {', '.join(formats)}, got {p.format}"
-    if p.act_format not in ("", p.format):
+def _needs_format(p: Problem, backend: str, weight_only: bool = False) -> str | None:
+    if p.op not in GEMM_OPS:
+        return None
+    if p.format not in GEMM_FORMATS[backend]:
+        return f"multiplies {', '.join(GEMM_FORMATS[backend])}, got {p.format}"
+    same = p.act_format in ("", p.format)
+    if not same and not (weight_only and p.act_format in ("bf16", "fp16")):
         return f"needs activations in the format of the weights, got {p.act_format} with {p.format}"
     return None
 
@@ -175,11 +191,22 @@ def _needs_format(p: Problem, formats: tuple[str, ...]) -> str | None:
 def _needs_alignment(p: Problem) -> str | None:
     """Rows of a and b are read in 16-byte pieces, rows of out written in pieces of 8 values."""
     itemsize = FORMATS[p.format].dtype.itemsize
-    for n, k in p.gemms:
+    for n, k, parts in p.gemms:
         if k * itemsize % 16:
             return f"needs K to be a multiple of {16 // itemsize}, got {k}"
-        if n % 8:
-            return f"needs N to be a multiple of 8, got {n}"
+        if n // parts % 8:
+            return f"needs N to be a multiple of 8 in each part, got {n // parts}"
+    return None
+
+
+def _needs_whole_bf16(p: Problem) -> str | None:
+    """The CUTLASS epilogue works in bfloat16, and its scale blocks cannot start anew in the middle of b."""
+    for name, dtype in (("output", p.out_dtype), ("bias", p.bias_dtype)):
+        if dtype not in (None, torch.bfloat16):
+            return f"needs a bfloat16 {name}, got {dtype}".replace("torch.", "")
+    for n, _, parts in p.gemms:
+        if p.format == "fp8_block" and parts > 1 and n // parts % 128:
+            return f"needs N to be a multiple of 128 in each part, got {n // parts}"
     return None
 
 
@@ -202,14 +229,16 @@ def select(problem: Problem) -> str:
 
 
 def expect_gpu_format(op: str, device_type: str, format: str, act_format: str = "") -> None:
-    """Refuses what no GPU backend has a kernel for yet, in the fake as well as in the op."""
-    if device_type != "cuda":
+    """Refuses what no GPU backend multiplies yet, in the fake as well as in the op."""
+    if device_type != "cuda" or op not in GEMM_OPS:
         return
-    not_yet = "GPU kernels for it are not there yet; the reference backend and CPU tensors take every format"
-    if format in FORMATS and format not in GPU_FORMATS:
-        raise RuntimeError(f"{op}: format: expected bf16, fp16 or fp8_block on a GPU, got {format} ({not_yet})")
-    if act_format not in ("", format):
-        raise RuntimeError(f"{op}: act_format: expected {format} on a GPU, got {act_format} ({not_yet})")
+    taken = [name for name in FORMATS if any(name in formats for formats in GEMM_FORMATS.values())]
+    not_yet = "there are no GPU kernels for it yet; CPU tensors and the reference backend take every format"
+    if format not in taken:
+        expected = f"{', '.join(taken[:-1])} or {taken[-1]}"
+        raise RuntimeError(f"{op}: format: expected {expected} on a GPU, got {format} ({not_yet})")
+    if act_format not in ("", format, "bf16", "fp16"):
+        raise RuntimeError(f"{op}: act_format: expected {format}, bf16 or fp16 on a GPU, got {act_format} ({not_yet})")
 
 
 @cache
@@ -220,19 +249,23 @@ def built_backends(op: str, device_type: str) -> frozenset[str]:
     return frozenset(name for name in CANDIDATES[op] if has_kernel(f"moe::{op}.{name}", key))
 
 
-@cache
 def compute_capability(device: torch.device) -> int:
     """90 for 9.0; 0 off GPUs."""
     if device.type != "cuda":
         return 0
-    major, minor = torch.cuda.get_device_capability(device)
+    return _compute_capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _compute_capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
 
 def explain(
     op: str = "fused_moe",
     *,
-    device: str | torch.device = "cuda",
+    device: str | torch.device | None = None,
     sm: int | None = None,
     format: str = "bf16",
     act_format: str = "",
@@ -243,26 +276,29 @@ def explain(
     top_k: int | None = None,
     n: int | None = None,
     k: int | None = None,
+    b_parts: int = 1,
+    out_dtype: torch.dtype | None = None,
+    bias_dtype: torch.dtype | None = None,
 ) -> Explanation:
     """Which backend runs a problem, and what every candidate says about it: ``print(explain(...))``.
 
-    Facts left out raise no objection. `hidden_size` and `intermediate_size` are fused_moe's, `n` and `k` are
-    grouped_gemm's; `sm` (90 for 9.0) asks about a GPU other than the one at `device`, with the kernels of this build.
+    Facts left out raise no objection. `hidden_size` and `intermediate_size` are fused_moe's; `n`, `k` and `b_parts` are
+    grouped_gemm's. `device` is the current GPU, or the CPU of a machine without one; `sm` (90 for 9.0) asks about
+    another GPU, with the kernels of this build.
     """
-    from .activations import get_activation
-
     if op not in CANDIDATES:
         raise RuntimeError(f"explain: op: expected one of {', '.join(OPS)}, got {op}")
     get_format(op, format)
-    gemms: tuple[tuple[int, int], ...] = ()
+    gemms: tuple[Gemm, ...] = ()
     if op == "fused_moe" and hidden_size and intermediate_size:
         parts = 2 if get_activation(op, activation).gated else 1
-        gemms = ((parts * intermediate_size, hidden_size), (hidden_size, intermediate_size))
-    elif n and k:
-        gemms = ((n, k),)
+        gemms = (Gemm(parts * intermediate_size, hidden_size, parts), Gemm(hidden_size, intermediate_size))
+    elif op == "grouped_gemm" and n and k:
+        gemms = (Gemm(n, k, b_parts),)
+    if device is None:
+        device = "cuda" if sm is not None or torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     sm = compute_capability(device) if sm is None else sm
     built = built_backends(op, device.type)
-    return explain_problem(
-        Problem(op, device.type, sm, built, format, act_format, activation, gemms, num_experts, top_k)
-    )
+    facts = (format, act_format, activation, gemms, num_experts, top_k, out_dtype, bias_dtype)
+    return explain_problem(Problem(op, device.type, sm, built, *facts))

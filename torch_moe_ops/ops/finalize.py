@@ -10,7 +10,7 @@ SCHEMA = """(Tensor expert_out, Tensor slot_to_row, *, Tensor? topk_weights=None
 
 
 def facts(expert_out: Tensor, slot_to_row: Tensor, **_: object) -> dict[str, object]:
-    return {"top_k": int(slot_to_row.shape[1])}
+    return {"top_k": slot_to_row.shape[1]}
 
 
 def finalize(

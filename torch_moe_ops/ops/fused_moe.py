@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends import Gemm
 from ..formats import FORMATS
 
 SCHEMA = """(Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, *,
@@ -22,21 +23,25 @@ def facts(
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
+    w13_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
     format: str = "bf16",
     act_format: str = "",
     activation: str = "silu",
     **_: object,
 ) -> dict[str, object]:
-    hidden_size = int(hidden_states.shape[1])
-    num_experts, n, _ = w13.shape
-    intermediate_size = int(w2.shape[2]) * FORMATS[format].pack
+    num_experts, hidden_size, columns = w2.shape
+    n, intermediate_size = w13.shape[1], columns * FORMATS[format].pack
+    bias = w2_bias if w13_bias is None else w13_bias
     return {
         "format": format,
         "act_format": act_format,
         "activation": activation,
-        "gemms": ((int(n), hidden_size), (hidden_size, intermediate_size)),
-        "num_experts": int(num_experts),
-        "top_k": int(topk_ids.shape[1]),
+        "gemms": (Gemm(n, hidden_size, n // max(intermediate_size, 1)), Gemm(hidden_size, intermediate_size)),
+        "num_experts": num_experts,
+        "top_k": topk_ids.shape[1],
+        "out_dtype": hidden_states.dtype,
+        "bias_dtype": None if bias is None else bias.dtype,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends import Gemm
 from ..formats import FORMATS
 
 SCHEMA = """(Tensor a, Tensor b, Tensor expert_offsets, *, Tensor? a_scale=None, Tensor? b_scale=None,
@@ -13,14 +14,25 @@ int b_parts=1, ScalarType out_dtype=bfloat16) -> Tensor"""
 
 
 def facts(
-    a: Tensor, b: Tensor, expert_offsets: Tensor, *, format: str = "bf16", act_format: str = "", **_: object
+    a: Tensor,
+    b: Tensor,
+    expert_offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    format: str = "bf16",
+    act_format: str = "",
+    b_parts: int = 1,
+    out_dtype: torch.dtype = torch.bfloat16,
+    **_: object,
 ) -> dict[str, object]:
     num_experts, n, columns = b.shape
     return {
         "format": format,
         "act_format": act_format,
-        "gemms": ((int(n), int(columns) * FORMATS[format].pack),),
-        "num_experts": int(num_experts),
+        "gemms": (Gemm(n, columns * FORMATS[format].pack, b_parts),),
+        "num_experts": num_experts,
+        "out_dtype": out_dtype,
+        "bias_dtype": None if bias is None else bias.dtype,
     }
 
 

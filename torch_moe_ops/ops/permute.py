@@ -10,7 +10,7 @@ Tensor? expert_offsets=None, Tensor? topk_weights=None) -> (Tensor permuted, Ten
 
 
 def facts(hidden_states: Tensor, slot_to_row: Tensor, num_rows: int, *, format: str = "bf16", **_: object) -> dict:
-    return {"format": format, "top_k": int(slot_to_row.shape[1])}
+    return {"format": format, "top_k": slot_to_row.shape[1]}
 
 
 def permute(

@@ -10,7 +10,7 @@ SCHEMA = """(Tensor topk_ids, int num_experts, *, Tensor? expert_map=None, int a
 
 
 def facts(topk_ids: Tensor, num_experts: int, **_: object) -> dict[str, object]:
-    return {"num_experts": num_experts, "top_k": int(topk_ids.shape[1])}
+    return {"num_experts": num_experts, "top_k": topk_ids.shape[1]}
 
 
 def sort_slots(

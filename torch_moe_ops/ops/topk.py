@@ -11,7 +11,7 @@ int num_groups=1, int topk_groups=1, bool renormalize=True, float routed_scaling
 
 
 def facts(router_logits: Tensor, top_k: int, **_: object) -> dict[str, object]:
-    return {"num_experts": int(router_logits.shape[1]), "top_k": top_k}
+    return {"num_experts": router_logits.shape[1], "top_k": top_k}
 
 
 def topk(
