@@ -378,13 +378,8 @@ class BuildLibrary(build_ext):
 class Wheel(bdist_wheel):
     """The library calls no Python function, so the wheel fits every Python 3; without a library, every platform too."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = not make_plan().arches
-
     def get_tag(self) -> tuple[str, str, str]:
-        platform = super().get_tag()[2]
-        return ("py3", "none", "any" if self.root_is_pure else platform)
+        return ("py3", "none", super().get_tag()[2] if make_plan().arches else "any")
 
 
 class Package(Distribution):

@@ -1,7 +1,7 @@
-"""Show what was built, what runs here, and which GPUs each format is fast on.
+"""Show what was built, what this machine has, and which backends take which format.
 
 `info` prints build_info() and the versions of this machine, `info --json` the same as JSON, and `info --table` the
-Markdown table of formats x GPUs that README.md carries: cell = the backends that accept the pair, best first.
+Markdown table in README.md: cell (format, GPU) = the backends of grouped_gemm that take the pair, best first.
 """
 
 from __future__ import annotations
@@ -13,7 +13,19 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from ..backends import CANDIDATES, GPU_FORMATS, Problem, explain_problem
 from ..build_info import build_info
+from ..formats import FORMATS
+
+TABLE_OP = "grouped_gemm"  # where a problem spends its time; the other ops have a CUDA kernel for every GPU
+TABLE_GPUS = {
+    80: "A100 (sm80)",
+    89: "L40S, RTX 40 (sm89)",
+    90: "H100, H200 (sm90)",
+    100: "B200 (sm100)",
+    103: "B300 (sm103)",
+    120: "RTX 50 (sm120)",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +59,27 @@ def collect() -> dict[str, object]:
     }
 
 
+def backends_taking(format: str, sm: int) -> list[str]:
+    """The GPU backends that take a format on a GPU, in preference order, given a build for all families."""
+    if format not in GPU_FORMATS:
+        return []
+    problem = Problem(TABLE_OP, "cuda", sm, frozenset(CANDIDATES[TABLE_OP]), format, gemms=((4096, 7168),))
+    return [verdict.backend for verdict in explain_problem(problem).verdicts if verdict.reason is None]
+
+
+def table() -> str:
+    header = ["format", "CPU", *TABLE_GPUS.values()]
+    rows = [header, ["---"] * len(header)]
+    for format in FORMATS:
+        cells = [", ".join(backends_taking(format, sm)) or "-" for sm in TABLE_GPUS]
+        rows.append([format, "reference", *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main(args: argparse.Namespace) -> int:
+    if args.table:
+        print(table())
+        return 0
     info = collect()
     if args.json:
         print(json.dumps(info, indent=2))
