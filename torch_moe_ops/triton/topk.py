@@ -50,7 +50,8 @@ def _scores(logits, valid, SCORING: tl.constexpr):
         largest = tl.where(largest == float("-inf"), 0.0, largest)
         exp = tl.where(usable, tl.exp(logits - largest), 0.0)
         total = _sum(exp)
-        return exp / tl.where(total == 0, 1.0, total)
+        score = exp / tl.where(total == 0, 1.0, total)
+        return tl.where(score == score, score, 0.0)  # infinite logits
     else:
         return tl.where(usable, 1.0 / (1.0 + tl.exp(-logits)), 0.0)
 
@@ -89,10 +90,10 @@ def _topk_kernel(
     if correction_bias_ptr is not None:
         choice += tl.load(correction_bias_ptr + expert, mask=valid, other=0.0)
     choice = tl.where(valid & (logits == logits) & (choice == choice), choice, float("-inf"))
+    eligible = valid
     if GROUPS > 1:
-        chosen = _best_groups(choice, group, num_groups, TOPK_GROUPS, GROUPS, GROUP_SIZE)
-        choice = tl.where(chosen[:, None], choice, float("-inf"))
-    key = tl.where(valid, _ordering_key(choice, expert), TAKEN)
+        eligible &= _best_groups(choice, group, num_groups, TOPK_GROUPS, GROUPS, GROUP_SIZE)[:, None]
+    key = tl.where(eligible, _ordering_key(choice, expert), TAKEN)
     slot = tl.arange(0, SLOTS)
     weights = tl.zeros([SLOTS], tl.float32)
     ids = tl.zeros([SLOTS], tl.int32)
