@@ -1,0 +1,150 @@
+"""Random MoE layers whose right answer is known, for `demo` and `bench`.
+
+    out[t] = sum over k of topk_weights[t, k] * w2[e] @ (silu(gate) * up)
+             with gate, up = w13[e] @ hidden_states[t], e = topk_ids[t, k], dequantised weights, all in float32
+
+so that its distance from a backend's output is the rounding of activations and intermediates, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..experts import Experts
+from ..formats import FORMATS, ceil_div, quantize_weight
+
+# Root mean square of x - dequantize(quantize(x)) over that of x, for normal x and the activation blocks of each format.
+ROUNDING = {
+    "bf16": 0.0017,
+    "fp16": 0.0002,
+    "int8": 0.009,
+    "fp8_block": 0.027,
+    "mxfp8": 0.027,
+    "mxfp4": 0.117,
+    "nvfp4": 0.097,
+}
+# Largest normal weight chunk made at a time, in elements.
+CHUNK_ELEMENTS = 1 << 27
+
+
+@dataclass(frozen=True)
+class Case:
+    """The sizes of one rank's share of a layer; it holds experts 0 .. num_experts - 1 of num_router_experts."""
+
+    name: str
+    num_experts: int
+    num_router_experts: int
+    hidden_size: int
+    intermediate_size: int
+    top_k: int
+
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case("dsv3_ep8", 32, 256, 7168, 2048, 8),
+        Case("dsv3_tp8", 256, 256, 7168, 256, 8),
+        Case("qwen30b", 128, 128, 2048, 768, 8),
+        Case("qwen235b_tp4", 128, 128, 4096, 384, 8),
+        Case("mixtral", 8, 8, 4096, 14336, 2),
+        Case("gptoss", 128, 128, 2880, 2880, 4),
+    )
+}
+TINY = Case("tiny", 4, 8, 256, 192, 2)
+
+
+def make_experts(case: Case, format: str, act_format: str = "", device: str = "cuda", seed: int = 1) -> Experts:
+    """Normal weights / sqrt(K), each 128 x 128 block of its own magnitude, so that a wrong scale index shows up."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    sizes = {
+        "w13": (2 * case.intermediate_size, case.hidden_size, 2),
+        "w2": (case.hidden_size, case.intermediate_size, 1),
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, (n, k, parts) in sizes.items():
+        step = max(1, CHUNK_ELEMENTS // (n * k))
+        for first in range(0, case.num_experts, step):
+            count = min(step, case.num_experts - first)
+            chunk = quantize_weight(_random_weight(count, n, k, generator), format, parts=parts)
+            for suffix, part in zip(("", "_scale", "_global_scale"), chunk, strict=True):
+                if part is not None:
+                    whole = tensors.setdefault(name + suffix, part.new_empty((case.num_experts, *part.shape[1:])))
+                    whole[first : first + count] = part
+    return Experts(tensors.pop("w13"), tensors.pop("w2"), **tensors, format=format, act_format=act_format)
+
+
+def _random_weight(count: int, n: int, k: int, generator: torch.Generator) -> Tensor:
+    """[count, n, k] float32."""
+    device = generator.device
+    weight = torch.randn(count, n, k, device=device, generator=generator)
+    magnitude = torch.rand(count, ceil_div(n, 128), ceil_div(k, 128), device=device, generator=generator)
+    magnitude = (0.5 + 1.5 * magnitude) / math.sqrt(k)
+    return weight.mul_(magnitude.repeat_interleave(128, 1)[:, :n].repeat_interleave(128, 2)[:, :, :k])
+
+
+def make_inputs(
+    case: Case, num_tokens: int, generator: torch.Generator, index: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden_states bf16 [T, H], topk_weights f32 [T, K], topk_ids i32 [T, K] with -1 for experts of other ranks.
+
+    Distinct experts, uniformly at random; token 0 always has a local one, another one for another `index`.
+    """
+    device = generator.device
+    hidden_states = torch.randn(num_tokens, case.hidden_size, device=device, generator=generator).bfloat16()
+    score = torch.rand(num_tokens, case.num_router_experts, device=device, generator=generator)
+    if num_tokens and case.num_experts < case.num_router_experts:
+        score[0, (5 * index + 3) % case.num_experts] = 2.0
+    topk_ids = score.topk(case.top_k, dim=1).indices.int()
+    topk_ids = torch.where(topk_ids < case.num_experts, topk_ids, -1)
+    logits = torch.randn(num_tokens, case.top_k, device=device, generator=generator)
+    return hidden_states, logits.softmax(dim=1), topk_ids
+
+
+def reference(experts: Experts, inputs: tuple[Tensor, Tensor, Tensor], max_rows: int = 48) -> tuple[Tensor, Tensor]:
+    """At most `max_rows` tokens, evenly spaced -> (their indices, their outputs in float32)."""
+    hidden_states, topk_weights, topk_ids = inputs
+    num_tokens = hidden_states.shape[0]
+    rows = torch.linspace(0, num_tokens - 1, min(num_tokens, max_rows), device=hidden_states.device).round().long()
+    x, weights, ids = hidden_states[rows].float(), topk_weights[rows], topk_ids[rows]
+    out = torch.zeros_like(x)
+    for expert in ids.unique().tolist():
+        if expert < 0:
+            continue
+        token, k = (ids == expert).nonzero(as_tuple=True)
+        gate, up = F.linear(x[token], dequantized(experts, "w13", expert, parts=2)).chunk(2, dim=-1)
+        y = F.linear(F.silu(gate) * up, dequantized(experts, "w2", expert, parts=1))
+        out.index_add_(0, token, y * weights[token, k, None])
+    return rows, out
+
+
+def dequantized(experts: Experts, name: str, expert: int, parts: int) -> Tensor:
+    """One expert's weight, float32 [N, K]."""
+    fmt = FORMATS[experts.format]
+    values, scale, global_scale = (getattr(experts, name + suffix) for suffix in ("", "_scale", "_global_scale"))
+    if scale is None:
+        return values[expert].float()
+    global_scale = None if global_scale is None else global_scale[expert]
+    return fmt.dequantize(values[expert], scale[expert], fmt.weight_block, global_scale, parts)
+
+
+def relative_error(output: Tensor, expected: Tensor) -> float:
+    """|output - expected| / |expected| (2-norms); NaN if anything is not finite."""
+    output = output.float()
+    if not output.isfinite().all():
+        return math.nan
+    return ((output - expected).norm() / expected.norm().clamp(min=1e-20)).item()
+
+
+def tolerance(experts: Experts) -> float:
+    """The largest `relative_error` of a right answer.
+
+    The rounding of the hidden states reaches gate and up (about independent: sqrt 2), that of act_mul's output once
+    more, together sqrt 3 * ROUNDING; half as much again for the spread, and bf16 intermediates and output on top.
+    """
+    act_format = experts.act_format or experts.format
+    return 1.5 * (math.sqrt(3) * ROUNDING[act_format] + math.sqrt(3) * ROUNDING["bf16"])

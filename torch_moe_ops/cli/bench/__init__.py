@@ -1,0 +1,104 @@
+"""Time fused_moe, and with --stages each of its stages, on a GPU; `bench compare` sets result files side by side.
+
+A point (case, format, tokens) is the median of CUDA-graph replays. One graph holds several calls on inputs with
+different routings, so that small weights do not stay in the L2 cache. Every point is checked in the same run, after its
+replays, on 48 tokens against a float32 loop over the dequantised weights. Exit status 1: a point is wrong or failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ...backends import CANDIDATES
+from ...formats import FORMATS
+from .. import _layer
+from . import compare
+from .measure import GRAPH_CALLS, Point, measure_fused_moe
+from .results import ResultFile, environment
+from .stages import measure_stages
+
+TOKENS = tuple(GRAPH_CALLS)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cases", type=names_of(_layer.CASES), default=list(_layer.CASES), help="default: all")
+    parser.add_argument("--formats", type=names_of(FORMATS), default=["bf16", "fp8_block"], help="bf16,fp8_block")
+    parser.add_argument("--act-format", default="", choices=FORMATS, help="of the activations (default: the weights')")
+    parser.add_argument("--tokens", type=numbers, default=TOKENS, help=",".join(map(str, TOKENS)))
+    parser.add_argument("--stages", action="store_true", help="time each stage op as well")
+    parser.add_argument(
+        "--backend", choices=CANDIDATES["fused_moe"], help="force an overload (default: the chosen one)"
+    )
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="start no point after this many seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON Lines")
+    parser.add_argument("--commit", help="recorded in the results (default: git's HEAD, else the build's)")
+    parser.add_argument(
+        "--tiny", action="store_true", help="one small layer, on the CPU if there is no GPU: a self-test"
+    )
+    reports = parser.add_subparsers(title="reports", metavar="compare")
+    compare.add_parser(reports)
+
+
+def names_of(choices: dict[str, object]):
+    """An argparse type: a comma-separated list of keys of `choices`."""
+
+    def parse(text: str) -> list[str]:
+        names = [name for name in text.split(",") if name]
+        unknown = [name for name in names if name not in choices]
+        if unknown or not names:
+            raise argparse.ArgumentTypeError(f"expected some of {','.join(choices)}, got {text}")
+        return names
+
+    return parse
+
+
+def numbers(text: str) -> list[int]:
+    """An argparse type: a comma-separated list of positive integers."""
+    values = [int(number) for number in text.split(",") if number]
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive numbers, got {text}")
+    return values
+
+
+def main(args: argparse.Namespace) -> int:
+    if not torch.cuda.is_available() and not args.tiny:
+        print("bench: device: expected a CUDA GPU, got none (--tiny runs a small layer on the CPU)", file=sys.stderr)
+        return 2
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = [_layer.TINY] if args.tiny else [_layer.CASES[name] for name in args.cases]
+    tokens = [n for n in args.tokens if n <= 128] if args.tiny else args.tokens
+    started = time.monotonic()
+    bad = skipped = 0
+    with ResultFile(args.json, environment(args.commit)) as results, torch.no_grad():
+        print(Point.HEADER, flush=True)
+        for case in cases:
+            for format in args.formats:
+                experts = None
+                for num_tokens in tokens:
+                    if time.monotonic() - started > args.budget_s:
+                        skipped += 1
+                        continue
+                    if experts is None:
+                        experts = _layer.make_experts(case, format, args.act_format, device)
+                    for point in measure(args, case, experts, num_tokens):
+                        print(point, flush=True)
+                        results.write(point)
+                        bad += not point.ok
+                        if "CUDA error" in (point.error or ""):
+                            print("bench: the CUDA context is lost; stopped", file=sys.stderr)
+                            return 1
+    if skipped:
+        print(f"bench: {skipped} points skipped: the budget of {args.budget_s:g} s is spent", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def measure(args: argparse.Namespace, case: _layer.Case, experts, num_tokens: int) -> list[Point]:
+    points = [measure_fused_moe(case, experts, num_tokens, args.backend)]
+    if args.stages and points[0].ok:
+        points += measure_stages(case, experts, num_tokens, args.backend)
+    return points

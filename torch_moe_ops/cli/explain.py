@@ -1,0 +1,51 @@
+"""Say which backend runs a problem, and why each other one does not.
+
+Facts left out raise no objection. --sm asks about a GPU other than the one of this machine, with the kernels of this
+build; without a GPU and without --sm the question is about the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+
+from ..activations import ACTIVATIONS
+from ..backends import OPS, explain
+from ..formats import FORMATS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", default="fused_moe", choices=OPS)
+    parser.add_argument("--format", default="bf16", choices=FORMATS, help="of the weights (default: bf16)")
+    parser.add_argument("--act-format", default="", choices=FORMATS, help="of the activations (default: the weights')")
+    parser.add_argument("--activation", default="silu", choices=ACTIVATIONS)
+    parser.add_argument("--hidden", type=int, metavar="H", help="hidden size")
+    parser.add_argument("--intermediate", type=int, metavar="I", help="intermediate size")
+    parser.add_argument("--experts", type=int, metavar="E", help="local experts")
+    parser.add_argument("--top-k", type=int, metavar="K", help="experts a token goes to")
+    parser.add_argument("--sm", type=int, help="compute capability without the dot, 90 for an H100 or H200")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    explanation = explain(
+        args.op,
+        device="cuda" if args.sm or torch.cuda.is_available() else "cpu",
+        sm=args.sm,
+        format=args.format,
+        act_format=args.act_format,
+        activation=args.activation,
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_experts=args.experts,
+        top_k=args.top_k,
+    )
+    if args.json:
+        problem = explanation.problem._asdict() | {"built": sorted(explanation.problem.built)}
+        verdicts = [{"backend": verdict.backend, "reason": verdict.reason} for verdict in explanation.verdicts]
+        print(json.dumps({"problem": problem, "backend": explanation.backend, "verdicts": verdicts}, indent=2))
+    else:
+        print(explanation)
+    return 0 if explanation.backend else 1

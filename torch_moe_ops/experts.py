@@ -1,0 +1,179 @@
+"""The experts of one MoE layer as a module:
+
+    forward(hidden_states [T, H], topk_weights f32 [T, K], topk_ids i32 [T, K]) -> output [T, H]   (moe::fused_moe)
+
+It holds the weights w13 [E, 2I, H/pack] (gate over up) and w2 [E, H, I/pack] with their scales, and nothing else:
+routing happens outside, and nothing is repacked, cached or changed after construction. `Experts.from_weights` quantises
+bf16 weights; the constructor takes the tensors of a checkpoint that is quantised already.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .activations import LAYOUTS, get_activation
+from .formats import get_format, quantize_weight
+from .meta_kernels._check import expect_choice, refuse
+from .meta_kernels.act_mul import check_activation
+from .meta_kernels.grouped_gemm import check_formats, check_weight
+
+TENSORS = (
+    "w13",
+    "w2",
+    "w13_scale",
+    "w2_scale",
+    "w13_global_scale",
+    "w2_global_scale",
+    "a13_global_scale",
+    "a2_global_scale",
+    "w13_bias",
+    "w2_bias",
+    "expert_map",
+)
+SETTINGS = (
+    "format",
+    "act_format",
+    "activation",
+    "alpha",
+    "beta",
+    "limit",
+    "routed_scaling_factor",
+    "apply_router_weight_on_input",
+)
+
+
+def to_gate_up(tensor: Tensor, layout: str, *, group: int = 1) -> Tensor:
+    """Reorders [E, 2R, ...] so that R gate rows come before R up rows: w13, its per-row scale, its bias alike.
+
+    "gate_up" returns the tensor itself. "up_gate" swaps the halves; scale blocks and global scales [E, 2] are counted
+    within each half, so they are swapped the same way. "interleaved" alternates `group` gate rows with `group` up rows.
+    """
+    expect_choice("to_gate_up", "layout", layout, LAYOUTS)
+    if layout == "gate_up":
+        return tensor
+    period = 2 if layout == "up_gate" else 2 * group
+    if tensor.dim() < 2 or tensor.shape[1] % period:
+        refuse("to_gate_up", "tensor", f"[E, R, ...] with R a multiple of {period}", list(tensor.shape))
+    data = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor  # few ops know the 8-bit floats
+    if layout == "up_gate":
+        up, gate = data.chunk(2, dim=1)
+    else:
+        groups = data.unflatten(1, (data.shape[1] // period, 2, group))  # [E, R / group, gate or up, group, ...]
+        gate, up = (half.flatten(1, 2) for half in groups.unbind(2))
+    return torch.cat([gate, up], dim=1).view(tensor.dtype)
+
+
+class Experts(nn.Module):
+    """The experts of one MoE layer. All tensors are buffers, under their names in moe::fused_moe."""
+
+    def __init__(
+        self,
+        w13: Tensor,
+        w2: Tensor,
+        *,
+        w13_scale: Tensor | None = None,
+        w2_scale: Tensor | None = None,
+        w13_global_scale: Tensor | None = None,
+        w2_global_scale: Tensor | None = None,
+        a13_global_scale: Tensor | None = None,
+        a2_global_scale: Tensor | None = None,
+        w13_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
+        expert_map: Tensor | None = None,
+        format: str = "bf16",
+        act_format: str = "",
+        activation: str = "silu",
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        limit: float | None = None,
+        routed_scaling_factor: float = 1.0,
+        apply_router_weight_on_input: bool = False,
+    ) -> None:
+        super().__init__()
+        arguments = locals()
+        for name in TENSORS:
+            tensor = arguments[name]
+            self.register_buffer(name, None if tensor is None else tensor.detach())
+        for name in SETTINGS:
+            setattr(self, name, arguments[name])
+        self._check()
+
+    @classmethod
+    def from_weights(
+        cls,
+        w13: Tensor,
+        w2: Tensor,
+        *,
+        format: str = "bf16",
+        w13_layout: str = "gate_up",
+        w13_bias: Tensor | None = None,
+        activation: str = "silu",
+        **options: object,
+    ) -> Experts:
+        """bf16, fp16 or float32 weights w13 [E, 2I, H] and w2 [E, H, I], quantised to `format`, expert by expert.
+
+        `w13_layout` is the order of the rows of w13 and w13_bias as given; they are stored gate over up. The other
+        `options` are the constructor's. For a checkpoint that is quantised already, call the constructor.
+        """
+        parts = 2 if get_activation("Experts", activation).gated else 1
+        if parts == 1 and w13_layout != "gate_up":
+            refuse("Experts", "w13_layout", f"gate_up for {activation}, which is not gated", w13_layout)
+        else:
+            w13 = to_gate_up(w13, w13_layout)
+            w13_bias = None if w13_bias is None else to_gate_up(w13_bias, w13_layout)
+        w13, w13_scale, w13_global_scale = quantize_weight(w13, format, parts=parts)
+        w2, w2_scale, w2_global_scale = quantize_weight(w2, format)
+        return cls(
+            w13.contiguous(),
+            w2.contiguous(),
+            w13_scale=w13_scale,
+            w2_scale=w2_scale,
+            w13_global_scale=w13_global_scale,
+            w2_global_scale=w2_global_scale,
+            w13_bias=w13_bias,
+            format=format,
+            activation=activation,
+            **options,
+        )
+
+    def forward(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """hidden_states [T, H] bf16 or fp16, topk_weights f32 [T, K], topk_ids i32 [T, K] (-1: not here) -> [T, H]."""
+        return torch.ops.moe.fused_moe(hidden_states, self.w13, self.w2, topk_weights, topk_ids, **self.options())
+
+    def options(self) -> dict[str, object]:
+        """The keyword arguments of moe::fused_moe."""
+        return {name: getattr(self, name) for name in TENSORS[2:] + SETTINGS}
+
+    @property
+    def num_experts(self) -> int:
+        return self.w2.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.w2.shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.w2.shape[2] * get_format("Experts", self.format).pack
+
+    def extra_repr(self) -> str:
+        formats = self.format if self.act_format in ("", self.format) else f"{self.format} x {self.act_format}"
+        sizes = f"num_experts={self.num_experts}, hidden_size={self.hidden_size}"
+        return f"{sizes}, intermediate_size={self.intermediate_size}, {formats}, {self.activation}"
+
+    def _check(self) -> None:
+        """Refuses at load time what moe::fused_moe would refuse at the first call."""
+        weights, _ = check_formats("Experts", self.format, self.act_format)
+        check_activation("Experts", self.activation, self.alpha, self.beta, self.limit)
+        if self.w2.dim() != 3:
+            refuse("Experts", "w2", "[E, H, I]", list(self.w2.shape))
+        parts = 2 if get_activation("Experts", self.activation).gated else 1
+        for name, n, k, name_parts in (
+            ("w13", parts * self.intermediate_size, self.hidden_size, parts),
+            ("w2", self.hidden_size, self.intermediate_size, 1),
+        ):
+            weight = getattr(self, name)
+            scale, global_scale, bias = (getattr(self, f"{name}_{what}") for what in ("scale", "global_scale", "bias"))
+            sizes = (self.num_experts, n, k)
+            check_weight("Experts", name, weights, weight, scale, global_scale, bias, sizes, name_parts, weight.device)
