@@ -13,18 +13,16 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ..backends import CANDIDATES, GPU_FORMATS, Problem, explain_problem
+from ..backends import CANDIDATES, Problem, explain_problem
 from ..build_info import build_info
 from ..formats import FORMATS
 
 TABLE_OP = "grouped_gemm"  # where a problem spends its time; the other ops have a CUDA kernel for every GPU
 TABLE_GPUS = {
-    80: "A100 (sm80)",
-    89: "L40S, RTX 40 (sm89)",
-    90: "H100, H200 (sm90)",
-    100: "B200 (sm100)",
-    103: "B300 (sm103)",
-    120: "RTX 50 (sm120)",
+    "A100, L40S, RTX 30/40 (sm80-89)": (80, 86, 89),
+    "H100, H200 (sm90)": (90,),
+    "B200, B300 (sm100-103)": (100, 103),
+    "RTX 50 (sm120)": (120,),
 }
 
 
@@ -59,19 +57,19 @@ def collect() -> dict[str, object]:
     }
 
 
-def backends_taking(format: str, sm: int) -> list[str]:
-    """The GPU backends that take a format on a GPU, in preference order, given a build for all families."""
-    if format not in GPU_FORMATS:
-        return []
-    problem = Problem(TABLE_OP, "cuda", sm, frozenset(CANDIDATES[TABLE_OP]), format, gemms=((4096, 7168),))
-    return [verdict.backend for verdict in explain_problem(problem).verdicts if verdict.reason is None]
+def backends_taking(format: str, sms: tuple[int, ...]) -> list[str]:
+    """The backends that take a format on all these GPUs, in preference order, given a build for all families."""
+    built = frozenset(CANDIDATES[TABLE_OP])
+    explanations = [explain_problem(Problem(TABLE_OP, "cuda", sm, built, format)) for sm in sms]
+    refusals = {verdict.backend for each in explanations for verdict in each.verdicts if verdict.reason}
+    return [backend for backend in CANDIDATES[TABLE_OP] if backend not in refusals]
 
 
 def table() -> str:
-    header = ["format", "CPU", *TABLE_GPUS.values()]
+    header = ["format", "CPU", *TABLE_GPUS]
     rows = [header, ["---"] * len(header)]
     for format in FORMATS:
-        cells = [", ".join(backends_taking(format, sm)) or "-" for sm in TABLE_GPUS]
+        cells = [", ".join(backends_taking(format, sms)) or "-" for sms in TABLE_GPUS.values()]
         rows.append([format, "reference", *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
