@@ -3,10 +3,10 @@
 //   a [num_rows, k], b [num_experts, n, k] row-major, bfloat16, float16 or int8; out bfloat16, float16 or float32.
 //   scale = 1; for int8 it is a_scale[r] * b_scale[e, n], one float32 per row of a and of b.
 //
-// A persistent grid walks the tiles [kTileM, 128] of all experts. A tile runs over k in slabs of 64 bytes a row: cp.async
-// keeps kStages - 1 slabs in flight, ldmatrix feeds the registers one k step ahead of the mma. Rows past the end of an
-// expert (of b) repeat its last row, so nothing outside is read; their results are dropped. Each output is summed in
-// k order whatever the tile height, so a row's result does not depend on the other rows.
+// A persistent grid walks the tiles [kTileM, 128] of all experts. A tile runs over k in slabs of 64 bytes a row:
+// cp.async keeps kStages - 1 slabs in flight, ldmatrix feeds the registers one k step ahead of the mma. Rows past the
+// end of an expert (of b) repeat its last row, so nothing outside is read; their results are dropped. Each output is
+// summed in k order whatever the tile height, so a row's result does not depend on the other rows.
 // The PTX of compute_80 runs on every later GPU too.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -31,7 +31,6 @@ template <int kTileM>
 constexpr int kSmemBytes = kStages * (kTileM + kTileN) * kSlabBytes;
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-__host__ __device__ constexpr int element_bytes(DType dtype) { return dtype == DType::int8 ? 1 : 2; }
 
 // ---- instructions -------------------------------------------------------------------------------------------------
 
@@ -121,8 +120,8 @@ class TileScheduler {
 
 // ---- one tile -----------------------------------------------------------------------------------------------------
 
-// Byte offset of 16-byte chunk `chunk` of row `row`. Rows 2i and 2i+1 share 128 bytes; the XOR spreads the same chunk of
-// eight rows over all banks, so neither cp.async nor ldmatrix conflicts. It repeats every 8 rows.
+// Byte offset of 16-byte chunk `chunk` of row `row`. Rows 2i and 2i+1 share 128 bytes; the XOR spreads the same chunk
+// of eight rows over all banks, so neither cp.async nor ldmatrix conflicts. It repeats every 8 rows.
 __device__ int swizzled(int row, int chunk) { return row * kSlabBytes + ((chunk ^ (row / 2 % 4)) * 16); }
 
 // Copies slabs [kRows, 64 bytes] of a row-major matrix; rows at or past `num_rows` repeat the last one.
@@ -132,15 +131,18 @@ class SlabLoader {
   __device__ SlabLoader(const void* matrix, int64_t first_row, int num_rows, int row_bytes)
       : row_bytes_(row_bytes), chunk_(threadIdx.x % 4), row_(threadIdx.x / 4) {
     source_ = static_cast<const uint8_t*>(matrix) + first_row * row_bytes + chunk_ * 16;
-    for (int pass = 0; pass < kPasses; ++pass) offset_[pass] = min(row_ + pass * kRowsPerPass, num_rows - 1) * row_bytes;
+    for (int pass = 0; pass < kPasses; ++pass) {
+      offset_[pass] = min(row_ + pass * kRowsPerPass, num_rows - 1) * row_bytes;
+    }
   }
 
   __device__ void load(int slab, uint32_t smem) const {
     if (kRows < kRowsPerPass && row_ >= kRows) return;
     const int k_byte = slab * kSlabBytes;
     const bool valid = k_byte + chunk_ * 16 < row_bytes_;  // past the end of k: zeros
+    const uint32_t target = smem + swizzled(row_, chunk_);
     for (int pass = 0; pass < kPasses; ++pass) {
-      cp_async_16(smem + swizzled(row_, chunk_) + pass * kRowsPerPass * kSlabBytes, source_ + offset_[pass] + k_byte, valid);
+      cp_async_16(target + pass * kRowsPerPass * kSlabBytes, source_ + offset_[pass] + k_byte, valid);
     }
   }
 
@@ -298,7 +300,8 @@ cudaError_t launch_tiles(const GroupedGemmArgs& args, cudaStream_t stream) {
   constexpr int kSmem = kSmemBytes<kTileM>;
   if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem)) return error;
   // Each expert with rows can leave one tile partly filled.
-  const int64_t row_tiles = args.num_rows / kTileM + (args.num_rows < args.num_experts ? args.num_rows : args.num_experts);
+  const int64_t partly_filled = args.num_rows < args.num_experts ? args.num_rows : args.num_experts;
+  const int64_t row_tiles = args.num_rows / kTileM + partly_filled;
   const int64_t tiles = row_tiles * ceil_div(args.n, kTileN), resident = int64_t{num_sms} * kBlocksPerSm<kTileM>;
   // An ordinary launch, without programmatic overlap: PTX of compute_80 has no instruction to wait for the predecessor.
   kernel<<<static_cast<unsigned>(tiles < resident ? tiles : resident), kThreads, kSmem, stream>>>(args);
@@ -322,7 +325,7 @@ const char* grouped_gemm_sm80_why_not(const GroupedGemmArgs& args) {
   if (args.ab_dtype != DType::bfloat16 && args.ab_dtype != DType::float16 && args.ab_dtype != DType::int8) {
     return "the SM80 kernel multiplies bfloat16, float16 and int8";
   }
-  if (args.k * element_bytes(args.ab_dtype) % 16 != 0) return "k must be a multiple of 16 bytes";
+  if (args.k % (args.ab_dtype == DType::int8 ? 16 : 8) != 0) return "k must be a multiple of 16 bytes";
   if (args.n % 8 != 0) return "n must be a multiple of 8";
   if (!is_aligned(args.a) || !is_aligned(args.b) || !is_aligned(args.out) || !is_aligned(args.bias)) {
     return "a, b, out and bias must start at multiples of 16 bytes";
