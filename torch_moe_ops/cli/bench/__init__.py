@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from ...backends import CANDIDATES
+from ...experts import Experts
 from ...formats import FORMATS
 from .. import _layer
 from . import compare
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_parser(reports)
 
 
-def names_of(choices: dict[str, object]):
+def names_of(choices: dict[str, object]) -> Callable[[str], list[str]]:
     """An argparse type: a comma-separated list of keys of `choices`."""
 
     def parse(text: str) -> list[str]:
@@ -85,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
                         continue
                     if experts is None:
                         experts = _layer.make_experts(case, format, args.act_format, device)
-                    for point in measure(args, case, experts, num_tokens):
+                    for point in points_at(args, case, experts, num_tokens):
                         print(point, flush=True)
                         results.write(point)
                         bad += not point.ok
@@ -97,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def measure(args: argparse.Namespace, case: _layer.Case, experts, num_tokens: int) -> list[Point]:
+def points_at(args: argparse.Namespace, case: _layer.Case, experts: Experts, num_tokens: int) -> list[Point]:
     points = [measure_fused_moe(case, experts, num_tokens, args.backend)]
     if args.stages and points[0].ok:
         points += measure_stages(case, experts, num_tokens, args.backend)

@@ -1,0 +1,252 @@
+"""python -m torch_moe_ops: what it prints, what it returns, and that it can tell right from wrong."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from torch_moe_ops.cli import _layer, bench, demo, main
+from torch_moe_ops.cli.bench import compare, measure, results
+
+CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = main(argv)
+    return status, *capsys.readouterr()
+
+
+def test_module_entry_point_lists_the_commands():
+    help_text = subprocess.run(
+        [sys.executable, "-m", "torch_moe_ops", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for command in ("bench", "demo", "explain", "info"):
+        assert f"    {command}" in help_text
+    assert "_layer" not in help_text
+
+
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["explain", "--format", "fp7"], ["bench", "--cases", "nope"]])
+def test_bad_arguments_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(argv)
+    assert error.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_info_is_json(capsys):
+    status, out, _ = run(capsys, "info", "--json")
+    assert status == 0 and json.loads(out)["torch"] == torch.__version__
+
+
+# ---- explain ---------------------------------------------------------------------------------------------------------
+
+
+def test_explain_gives_a_reason_for_every_no(capsys):
+    argv = ("explain", "--format", "fp8_block", "--hidden", "7168", "--intermediate", "2048", "--sm", "75")
+    status, out, _ = run(capsys, *argv, "--json")
+    answer = json.loads(out)
+    assert status == 1 and answer["backend"] is None
+    assert [gemm[:2] for gemm in answer["problem"]["gemms"]] == [[4096, 7168], [7168, 2048]]
+    assert all(verdict["reason"] for verdict in answer["verdicts"])
+    status, out, _ = run(capsys, *argv)
+    for verdict in answer["verdicts"]:
+        assert verdict["backend"] in out and verdict["reason"] in out
+
+
+@CPU_ONLY
+def test_explain_without_a_gpu_is_about_the_cpu(capsys):
+    status, out, _ = run(capsys, "explain", "--json")
+    assert status == 0 and json.loads(out)["backend"] == "reference"
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
+
+
+@CPU_ONLY
+def test_demo(capsys):
+    status, out, _ = run(capsys, "demo", "--formats", "bf16", "mxfp4", "--json")
+    rows = json.loads(out)
+    assert status == 0 and [row["format"] for row in rows] == ["bf16", "mxfp4"]
+    for row in rows:
+        assert row["backend"] == "reference" and row["ok"] and row["compiled"] and row["graph"] is None
+        assert 0 < row["error"] < row["tolerance"]
+
+
+def demo_with(capsys, monkeypatch, experts_call) -> tuple[int, str]:
+    monkeypatch.setattr(_layer.Experts, "forward", experts_call)
+    status, out, _ = run(capsys, "demo", "--formats", "bf16", "--device", "cpu", "--no-compile")
+    return status, out.splitlines()[-1]
+
+
+def test_demo_notices_a_wrong_answer(capsys, monkeypatch):
+    right = _layer.Experts.forward
+    assert demo_with(capsys, monkeypatch, right)[0] == 0
+
+    def one_wrong_expert(self, hidden_states, topk_weights, topk_ids):
+        return right(self, hidden_states, topk_weights, torch.where(topk_ids == 3, 4, topk_ids))
+
+    status, line = demo_with(capsys, monkeypatch, one_wrong_expert)
+    assert status == 1 and line.endswith("WRONG")
+
+    def not_a_number(self, hidden_states, *routing):
+        return right(self, hidden_states, *routing).masked_fill_(hidden_states > 3, math.nan)
+
+    status, line = demo_with(capsys, monkeypatch, not_a_number)
+    assert status == 1 and line.endswith("WRONG")
+
+    def raises(self, *inputs):
+        raise ValueError("two\nlines")
+
+    status, line = demo_with(capsys, monkeypatch, raises)
+    assert status == 1 and line.endswith("FAILED: two lines")
+
+
+def test_demo_notices_a_compiled_layer_that_differs(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda layer, **options: lambda *inputs: layer(*inputs) * 1.01)
+    status, out, _ = run(capsys, "demo", "--formats", "bf16", "--device", "cpu")
+    assert status == 1 and "DIFFERS" in out
+
+
+# ---- bench -----------------------------------------------------------------------------------------------------------
+
+
+@CPU_ONLY
+def test_bench_needs_a_gpu(capsys):
+    status, out, err = run(capsys, "bench")
+    assert (status, out) == (2, "")
+    assert err == "bench: device: expected a CUDA GPU, got none (--tiny runs a small layer on the CPU)\n"
+
+
+def test_tiny_bench_writes_every_point(capsys, tmp_path):
+    path = tmp_path / "points.jsonl"
+    argv = ("bench", "--tiny", "--formats", "fp8_block", "--tokens", "1", "--stages", "--commit", "abc")
+    status, out, _ = run(capsys, *argv, "--json", str(path))
+    header, points = results.read_results(path)
+    assert status == 0
+    assert set(header) == {"commit", "gpu", "driver", "torch", "triton", "date"} and header["commit"] == "abc"
+    stages = ["sort_slots", "permute", "grouped_gemm_w13", "act_mul", "grouped_gemm_w2", "finalize"]
+    assert [point["what"] for point in points] == ["fused_moe", *stages]
+    for point in points:
+        assert point["case"] == "tiny" and point["format"] == "fp8_block" and point["tokens"] == 1
+        assert point["ok"] and point["us"] > 0 and point["backend"] and 0 < point["err"] < 0.08
+        assert point["what"] in out
+
+
+def test_bench_notices_wrong_and_failed_points(capsys, monkeypatch, tmp_path):
+    argv = ("bench", "--tiny", "--formats", "bf16", "--tokens", "1", "--json", str(tmp_path / "points.jsonl"))
+    monkeypatch.setattr(measure, "time_calls", lambda call, inputs: (1.0, 1.0, [call(*i) * 1.1 for i in inputs]))
+    status, out, _ = run(capsys, *argv)
+    assert status == 1 and "WRONG" in out
+    monkeypatch.setattr(measure, "time_calls", lambda call, inputs: (1.0, 1.0, [call(*i) / 0 for i in inputs]))
+    assert run(capsys, *argv)[0] == 1
+    assert results.read_results(tmp_path / "points.jsonl")[1][0]["err"] is None  # JSON has no infinity
+    monkeypatch.setattr(measure, "routing_counts", None)
+
+    def fail(call, inputs):
+        raise RuntimeError("no\nkernel")
+
+    monkeypatch.setattr(measure, "time_calls", fail)
+    status, out, _ = run(capsys, *argv)
+    assert status == 1 and "failed: no kernel" in out
+
+
+def test_budget_skips_the_rest(capsys):
+    status, _, err = run(capsys, "bench", "--tiny", "--tokens", "1,8", "--budget-s", "0")
+    assert status == 0 and err == "bench: 4 points skipped: the budget of 0 s is spent\n"
+
+
+def test_cases_and_inputs():
+    """The sizes by hand; ids of other ranks are -1, and token 0 always has a local expert."""
+    sizes = {case.name: tuple(vars(case).values())[1:] for case in _layer.CASES.values()}
+    assert sizes == {
+        "dsv3_ep8": (32, 256, 7168, 2048, 8),
+        "dsv3_tp8": (256, 256, 7168, 256, 8),
+        "qwen30b": (128, 128, 2048, 768, 8),
+        "qwen235b_tp4": (128, 128, 4096, 384, 8),
+        "mixtral": (8, 8, 4096, 14336, 2),
+        "gptoss": (128, 128, 2880, 2880, 4),
+    }
+    assert measure.GRAPH_CALLS == {1: 8, 8: 8, 32: 4, 128: 4, 512: 2, 2048: 2, 8192: 1} and len(bench.TOKENS) == 7
+    case = _layer.Case("rank", 4, 64, 128, 64, 4)
+    generator = torch.Generator().manual_seed(0)
+    for index in range(8):
+        hidden_states, topk_weights, topk_ids = _layer.make_inputs(case, 50, generator, index)
+        assert (topk_ids[0] == (5 * index + 3) % 4).any()
+        assert topk_ids.min() == -1 and topk_ids.max() < 4
+        assert all(len(set(ids)) == len(ids) for ids in ([i for i in row if i >= 0] for row in topk_ids.tolist()))
+        assert hidden_states.dtype == torch.bfloat16 and topk_weights.dtype == torch.float32
+    hit, slots = measure.routing_counts(
+        [(None, None, torch.tensor([[0, 1], [1, -1]])), (None, None, torch.tensor([[2, -1]]))]
+    )
+    assert (hit, slots) == (1.5, 2.0)
+
+
+def test_floor(monkeypatch):
+    """dsv3_ep8 in fp8, all 32 experts hit: 1.4 GB of weights, or the FLOPs of 8192 tokens' slots."""
+
+    class Weight:
+        class device:
+            type = "cuda"
+
+    class FakeExperts:
+        w13, format, act_format = Weight, "fp8_block", ""
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    weight_bytes, flops = 32 * 3 * 7168 * 2048, 6 * 8192 * 7168 * 2048
+    assert measure.floor_us(weight_bytes, 0, FakeExperts) == pytest.approx(weight_bytes / 4.6e12 * 1e6)
+    assert measure.floor_us(0, flops, FakeExperts) == pytest.approx(flops / 1463e12 * 1e6)
+    FakeExperts.format = "bf16"
+    assert measure.floor_us(0, flops, FakeExperts) == pytest.approx(flops / 812e12 * 1e6)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
+    assert measure.floor_us(weight_bytes, flops, FakeExperts) is None
+
+
+def write(path, name, *points):
+    lines = [{"name": name}] + [dict(zip(("case", "format", "tokens", "us", "ok"), p, strict=True)) for p in points]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_compare(capsys, tmp_path):
+    ours = write(
+        tmp_path / "ours.jsonl",
+        "x",
+        ("a", "bf16", 1, 10.0, True),
+        ("a", "bf16", 8, 50.0, True),
+        ("b", "bf16", 1, 9.0, True),
+    )
+    wrong = ("a", "bf16", 1, 1.0, False)
+    first = write(tmp_path / "first.jsonl", "first", wrong, ("a", "bf16", 1, 40.0, True), ("c", "bf16", 1, 9.0, True))
+    second = write(tmp_path / "second.jsonl", "second", ("a", "bf16", 1, 20.0, True), ("a", "bf16", 8, 25.0, True))
+    argv = ("bench", "compare", ours, "--baseline", first, second, "--json", str(tmp_path / "table.jsonl"))
+    status, out, _ = run(capsys, *argv)
+    assert status == 0
+    table = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
+    assert [(row["tokens"], row["best"], row["speedup"]) for row in table] == [(1, "second", 2.0), (8, "second", 0.5)]
+    assert "geometric mean of 2 speedups: 1.000" in out
+    assert f"not in {ours}: c bf16 1" in out
+    assert compare.geomean([2.0, 8.0]) == pytest.approx(4.0)
+    assert run(capsys, "bench", "compare", ours, "--baseline", write(tmp_path / "none.jsonl", "none"))[0] == 1
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [
+        compare.Comparison("a", format, n, 1.0, 2.0, "peer", 2.0, None) for format in ("bf16", "int8") for n in (1, 8)
+    ]
+    compare.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_demo_row_verdicts():
+    row = dict(layer="small", format="bf16", backend="reference", error=0.1, tolerance=0.2, compiled=True)
+    assert demo.Row(**row).ok and demo.Row(**row, graph=True).ok
+    assert not demo.Row(**row, graph=False).ok
+    assert not demo.Row(**row | {"compiled": False}).ok
+    assert not demo.Row(**row | {"error": math.nan}).ok
+    assert not demo.Row(**row | {"error": 0.3}).ok
+    assert demo.Row("small", "nvfp4", None, note="no backend").ok
