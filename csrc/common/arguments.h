@@ -1,0 +1,38 @@
+// From the string and number arguments of schemas to the plain structs of launchers, with the errors of docs/ops.md.
+#pragma once
+#include <optional>
+#include <string>
+
+#include "act_mul/act_mul.h"
+#include "common/check.h"
+
+namespace moe {
+
+inline ActivationParams parse_activation(const char* op, const std::string& name, double alpha, double beta,
+                                         const std::optional<double>& limit) {
+  static constexpr const char* kNames[] = {"silu", "gelu", "gelu_tanh", "relu", "swiglustep", "relu2_no_mul", "gelu_no_mul", "silu_no_mul"};
+  int kind = 0;
+  while (kind < 8 && name != kNames[kind]) ++kind;
+  MOE_EXPECT(kind < 8, op, "activation", "one of silu, gelu, gelu_tanh, relu, swiglustep, relu2_no_mul, gelu_no_mul, silu_no_mul", name);
+  ActivationParams params;
+  params.kind = static_cast<Activation>(kind);
+  const bool is_silu = params.kind == Activation::silu, is_step = params.kind == Activation::swiglustep;
+  MOE_EXPECT(is_silu || alpha == 1.0, op, "alpha", "1.0 for " << name, alpha);
+  MOE_EXPECT(is_silu || beta == 0.0, op, "beta", "0.0 for " << name, beta);
+  MOE_EXPECT(is_silu || is_step || !limit, op, "limit", "None for " << name, *limit);
+  MOE_EXPECT(!is_step || limit, op, "limit", "a number for " << name, "None");
+  params.alpha = static_cast<float>(alpha);
+  params.beta = static_cast<float>(beta);
+  params.has_limit = limit.has_value();
+  params.limit = static_cast<float>(limit.value_or(0.0));
+  return params;
+}
+
+inline GateUpLayout parse_layout(const char* op, const char* argument, const std::string& name) {
+  if (name == "gate_up") return GateUpLayout::gate_up;
+  if (name == "up_gate") return GateUpLayout::up_gate;
+  MOE_EXPECT(name == "interleaved", op, argument, "one of gate_up, up_gate, interleaved", name);
+  return GateUpLayout::interleaved;
+}
+
+}  // namespace moe

@@ -1,0 +1,71 @@
+// Formats of activations, x ~= values * scale * global_scale (docs/ops.md), as plain data for launchers. Free of torch.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "grouped_gemm/grouped_gemm.h"  // DType
+
+namespace moe {
+
+enum class Format : int { bf16, fp16, int8, fp8_block, mxfp8, mxfp4, nvfp4 };
+
+constexpr bool has_scale(Format format) { return format != Format::bf16 && format != Format::fp16; }
+
+// Values per stored element.
+constexpr int pack(Format format) { return format == Format::mxfp4 || format == Format::nvfp4 ? 2 : 1; }
+
+// Bytes that 8 values take.
+constexpr int chunk_bytes(Format format) { return has_scale(format) ? 8 / pack(format) : 16; }
+
+// Consecutive k that share a scale; 0: the whole row (int8) or no scale at all.
+constexpr int block_k(Format format) {
+  switch (format) {
+    case Format::fp8_block: return 128;
+    case Format::mxfp8:
+    case Format::mxfp4: return 32;
+    case Format::nvfp4: return 16;
+    default: return 0;
+  }
+}
+
+constexpr int64_t scale_columns(Format format, int64_t k) {
+  if (format == Format::int8) return 1;
+  return has_scale(format) ? (k + block_k(format) - 1) / block_k(format) : 0;
+}
+
+// Where quantised rows go: values [rows, k / pack] row-major, scale (row, k block) with free strides, in elements.
+struct QuantizedMatrix {
+  void* values = nullptr;
+  void* scale = nullptr;
+  int64_t k = 0;
+  int64_t scale_stride_row = 0;
+  int64_t scale_stride_k = 0;
+};
+
+// 1 when data is null, data[0] when count is 1, else data[expert of the row].
+struct GlobalScale {
+  const float* data = nullptr;
+  int32_t count = 0;
+  const int32_t* expert_offsets = nullptr;  // [count + 1], needed when count > 1
+
+  __host__ __device__ bool per_expert() const { return data != nullptr && count > 1; }
+};
+
+// from a run-time value to a template argument: dispatch_format(format, [&]<Format kFormat>() { ... })
+
+template <typename Function>
+cudaError_t dispatch_format(Format format, Function&& function) {
+  switch (format) {
+    case Format::bf16: return function.template operator()<Format::bf16>();
+    case Format::fp16: return function.template operator()<Format::fp16>();
+    case Format::int8: return function.template operator()<Format::int8>();
+    case Format::fp8_block: return function.template operator()<Format::fp8_block>();
+    case Format::mxfp8: return function.template operator()<Format::mxfp8>();
+    case Format::mxfp4: return function.template operator()<Format::mxfp4>();
+    case Format::nvfp4: return function.template operator()<Format::nvfp4>();
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace moe

@@ -1,0 +1,39 @@
+// Kernel launches with programmatic dependent launch (PDL): on SM90 and later a kernel may start while its predecessor
+// in the stream drains; it must call pdl_wait() before it touches anything the predecessor wrote or reads.
+// Every kernel of this library calls pdl_wait() in every thread block, so completion is transitive along the stream.
+#pragma once
+#include <cuda_runtime.h>
+#include <cstddef>
+
+namespace moe {
+
+__device__ __forceinline__ void pdl_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start its prologue; its pdl_wait() still waits for this whole grid.
+__device__ __forceinline__ void pdl_launch_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Launches `kernel<<<grid, block, smem, stream>>>(args...)` with PDL allowed.
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream, Args&&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = smem;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+}  // namespace moe

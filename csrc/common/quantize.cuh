@@ -1,0 +1,187 @@
+// The block quantisers of docs/ops.md, written once: x [8 elements a thread] -> values, scale, exact to the bit.
+//
+// A block of 128, 32 or 16 elements lies in 16, 4 or 2 neighbouring lanes of a warp, one chunk each; its amax goes
+// round by shuffles, so all 32 lanes of a warp must call `quantize_chunk` together (with zeros past the end of the
+// row), and lane l must hold a chunk c with c % 32 == l. int8 has one scale a row: `quantize_row` takes the whole
+// thread block. Divisions and products are rounded explicitly, so that no compiler flag or contraction changes a bit.
+#pragma once
+#include "common/dtypes.h"
+#include "common/formats.h"
+
+namespace moe {
+
+constexpr float kFloat32Max = 3.402823466e38f;
+constexpr float kAmaxMin = 1e-10f;  // keeps the scale of an all-zero block, and its inverse, finite
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+constexpr float max_value(Format format) {
+  if (format == Format::int8) return 127.f;
+  return pack(format) == 2 ? 6.f : 448.f;
+}
+
+// `stored` holds the bits of a float32 (int8, fp8_block) or one byte; `inverse` multiplies x.
+struct Scale {
+  uint32_t stored;
+  float inverse;
+};
+
+template <Format kFormat>
+struct QuantizedChunk {
+  uint32_t words[chunk_bytes(kFormat) / 4];
+  uint32_t scale;
+};
+
+// The largest |x|, NaN ignored (fmaxf does), infinity left to `make_scale`.
+__device__ __forceinline__ float chunk_amax(const float (&x)[kChunk]) {
+  float amax = 0.f;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) amax = fmaxf(amax, fabsf(x[i]));
+  return amax;
+}
+
+template <Format kFormat>
+__device__ __forceinline__ Scale make_scale(float amax, float global_scale) {
+  amax = fminf(amax, kFloat32Max);
+  if constexpr (kFormat == Format::nvfp4) {
+    const float limit = __fmul_rn(max_value(kFormat), global_scale);
+    const uint32_t code = pack_e4m3(__fdiv_rn(amax, limit), 0.f) & 0xffu;
+    const float decoded = decode_e4m3(static_cast<uint8_t>(code));
+    return {code, decoded == 0.f ? 0.f : __fdiv_rn(1.f, __fmul_rn(decoded, global_scale))};
+  } else if constexpr (kFormat == Format::mxfp8 || kFormat == Format::mxfp4) {
+    const uint32_t byte = encode_e8m0(__float_as_uint(__fdiv_rn(amax, max_value(kFormat))));
+    return {byte, __uint_as_float(e8m0_inverse_bits(byte))};
+  } else {
+    const float scale = __fdiv_rn(fmaxf(amax, kAmaxMin), max_value(kFormat));
+    return {__float_as_uint(scale), __fdiv_rn(1.f, scale)};
+  }
+}
+
+// Ties to even, saturating at +-127; NaN gives 0.
+__device__ __forceinline__ uint32_t encode_int8(float x) {
+  return static_cast<uint32_t>(min(max(__float2int_rn(x), -127), 127)) & 0xffu;
+}
+
+// 8 floats, already divided by their scale, as stored bytes.
+template <Format kFormat>
+__device__ __forceinline__ void encode_chunk(const float (&x)[kChunk], uint32_t (&words)[chunk_bytes(kFormat) / 4]) {
+  if constexpr (kFormat == Format::bf16 || kFormat == Format::fp16) {
+    using T = std::conditional_t<kFormat == Format::bf16, __nv_bfloat16, __half>;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = pack_16<T>(x[2 * i], x[2 * i + 1]);
+  } else if constexpr (kFormat == Format::int8) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      words[i] = encode_int8(x[4 * i]) | encode_int8(x[4 * i + 1]) << 8 | encode_int8(x[4 * i + 2]) << 16 |
+                 encode_int8(x[4 * i + 3]) << 24;
+    }
+  } else if constexpr (pack(kFormat) == 1) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      words[i] = pack_e4m3(x[4 * i], x[4 * i + 1]) | pack_e4m3(x[4 * i + 2], x[4 * i + 3]) << 16;
+  } else {
+    words[0] =
+        pack_e2m1(x[0], x[1]) | pack_e2m1(x[2], x[3]) << 8 | pack_e2m1(x[4], x[5]) << 16 | pack_e2m1(x[6], x[7]) << 24;
+  }
+}
+
+// One chunk of every lane of a warp, for formats whose scale belongs to a block within a row, or that have none.
+template <Format kFormat>
+__device__ __forceinline__ QuantizedChunk<kFormat> quantize_chunk(const float (&x)[kChunk], float global_scale) {
+  static_assert(kFormat != Format::int8);
+  QuantizedChunk<kFormat> result;
+  if constexpr (!has_scale(kFormat)) {
+    encode_chunk<kFormat>(x, result.words);
+  } else {
+    float amax = chunk_amax(x);
+#pragma unroll
+    for (int lanes = block_k(kFormat) / kChunk / 2; lanes > 0; lanes /= 2) {
+      amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, lanes));
+    }
+    const Scale scale = make_scale<kFormat>(amax, global_scale);
+    float scaled[kChunk];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) scaled[i] = __fmul_rn(x[i], scale.inverse);
+    encode_chunk<kFormat>(scaled, result.words);
+    result.scale = scale.stored;
+  }
+  return result;
+}
+
+template <Format kFormat>
+__device__ __forceinline__ void store_values(const QuantizedMatrix& out, int64_t row, int64_t chunk,
+                                             const uint32_t (&words)[chunk_bytes(kFormat) / 4], bool vectorized) {
+  constexpr int kBytes = chunk_bytes(kFormat);
+  const int64_t row_bytes = out.k * kBytes / kChunk;
+  uint8_t* destination = static_cast<uint8_t*>(out.values) + row * row_bytes + chunk * kBytes;
+  store_bytes<kBytes>(destination, words, row_bytes - chunk * kBytes, vectorized);
+}
+
+// Writes a chunk and, from the first lane of its block, the scale. Nothing is written for chunks past the end of the
+// row.
+template <Format kFormat>
+__device__ __forceinline__ void store_chunk(const QuantizedMatrix& out, int64_t row, int64_t chunk,
+                                            const QuantizedChunk<kFormat>& quantized, bool vectorized) {
+  if (chunk * kChunk >= out.k) return;
+  store_values<kFormat>(out, row, chunk, quantized.words, vectorized);
+  if constexpr (has_scale(kFormat)) {
+    constexpr int kBlockChunks = block_k(kFormat) / kChunk;
+    if (chunk % kBlockChunks != 0) return;
+    const int64_t index = row * out.scale_stride_row + chunk / kBlockChunks * out.scale_stride_k;
+    if constexpr (kFormat == Format::fp8_block) {
+      static_cast<uint32_t*>(out.scale)[index] = quantized.scale;
+    } else {
+      static_cast<uint8_t*>(out.scale)[index] = static_cast<uint8_t>(quantized.scale);
+    }
+  }
+}
+
+// The maximum over the thread block, in every thread. All threads must call it; at most 1024 of them.
+__device__ __forceinline__ float block_max(float x) {
+  __shared__ float warp_max[32];
+  const int thread = threadIdx.x, warps = (blockDim.x + 31) / 32;
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
+  __syncthreads();  // the previous call's readers are done with warp_max
+  if (thread % 32 == 0) warp_max[thread / 32] = x;
+  __syncthreads();  // warp_max is complete
+  x = warp_max[0];
+  for (int warp = 1; warp < warps; ++warp) x = fmaxf(x, warp_max[warp]);
+  return x;
+}
+
+// int8: one row by the whole thread block. `read(chunk, x)` gives the same 8 floats each time: it runs once for the
+// amax and once for the values (the second time from L1).
+template <typename Read>
+__device__ __forceinline__ void quantize_row(const QuantizedMatrix& out, int64_t row, bool vectorized, Read&& read) {
+  const int64_t chunks = ceil_div(out.k, kChunk);
+  float x[kChunk];
+  float amax = 0.f;
+  for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
+    read(chunk, x);
+    amax = fmaxf(amax, chunk_amax(x));
+  }
+  const Scale scale = make_scale<Format::int8>(block_max(amax), 1.f);
+  for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
+    read(chunk, x);
+    uint32_t words[2];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) x[i] = __fmul_rn(x[i], scale.inverse);
+    encode_chunk<Format::int8>(x, words);
+    store_values<Format::int8>(out, row, chunk, words, vectorized);
+  }
+  if (threadIdx.x == 0) static_cast<uint32_t*>(out.scale)[row * out.scale_stride_row] = scale.stored;
+}
+
+// The global scale of a row: the expert is the last one whose rows start at or before it.
+__device__ __forceinline__ float global_scale_of_row(const GlobalScale& global_scale, int64_t row) {
+  if (global_scale.data == nullptr) return 1.f;
+  if (global_scale.count == 1) return global_scale.data[0];
+  int low = 0, high = global_scale.count;  // expert_offsets[low] <= row < expert_offsets[high]
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (global_scale.expert_offsets[middle] <= row ? low : high) = middle;
+  }
+  return global_scale.data[low];
+}
+
+}  // namespace moe

@@ -1,0 +1,40 @@
+// How a matrix of rows, each a number of 8-element chunks, is spread over thread blocks.
+//
+// Thread (x, y) of block (i, j) works on row i * block.y + y, chunks j * block.x * c + x + {0, 1, .., c-1} * block.x
+// with c = chunks_per_thread. block.x is a multiple of 32: a warp lies in one row and lane l holds a chunk c with c %
+// 32 == l.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "common/dtypes.h"
+
+namespace moe {
+
+constexpr int kMaxThreads = 256;
+// Chunks that fill an H200 (132 SMs x 2048 threads) once: with fewer, one chunk a thread is fastest, with more, several
+// independent loads a thread.
+constexpr int64_t kChunksOfOneWave = 1 << 18;
+
+struct Tiling {
+  dim3 grid, block;
+  int chunks_per_thread;
+};
+
+inline Tiling tile_rows(int64_t rows, int64_t chunks, int max_chunks_per_thread) {
+  const int per_thread = rows * chunks <= kChunksOfOneWave ? 1 : max_chunks_per_thread;
+  const int64_t tiles = ceil_div(chunks, kMaxThreads * per_thread);
+  const int64_t threads_x = round_up(ceil_div(chunks, tiles * per_thread), 32);
+  const int64_t threads_y = std::max<int64_t>(1, kMaxThreads / threads_x);
+  return {dim3(static_cast<unsigned>(ceil_div(rows, threads_y)), static_cast<unsigned>(tiles)),
+          dim3(static_cast<unsigned>(threads_x), static_cast<unsigned>(threads_y)), per_thread};
+}
+
+// One thread block a row, all threads in x: for reductions over a row.
+inline Tiling tile_whole_rows(int64_t rows, int64_t chunks) {
+  const int64_t threads = std::min<int64_t>(kMaxThreads, round_up(chunks, 32));
+  return {dim3(static_cast<unsigned>(rows)), dim3(static_cast<unsigned>(threads)), 1};
+}
+
+}  // namespace moe

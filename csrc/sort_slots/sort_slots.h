@@ -1,0 +1,30 @@
+// expert_offsets, slot_to_row, row_to_slot: a stable counting sort of slots by local expert (docs/ops.md). Free of
+// torch.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moe {
+
+constexpr int kSortSlotsMaxExperts = 1024;
+
+struct SortSlotsArgs {
+  const int32_t* topk_ids = nullptr;    // [num_slots]; -1: not here
+  const int32_t* expert_map = nullptr;  // [num_global_experts] -> local expert or -1; or null: ids are local
+  int64_t num_slots = 0;
+  int32_t num_global_experts = 0;     // of expert_map
+  int32_t num_experts = 0;            // local, at most kSortSlotsMaxExperts
+  int32_t alignment = 1;              // every expert's first row is a multiple of it
+  int64_t num_rows = 0;               // of row_to_slot: max_rows(num_slots, num_experts, alignment)
+  int32_t* expert_offsets = nullptr;  // [num_experts + 1]
+  int32_t* slot_to_row = nullptr;     // [num_slots]; -1: absent, -2: id out of range
+  int32_t* row_to_slot = nullptr;     // [num_rows]; -1: padding
+};
+
+// Bytes of device memory that `sort_slots` needs: a pure function of sizes, 0 for few slots.
+size_t sort_slots_workspace_bytes(int64_t num_slots, int32_t num_experts);
+cudaError_t sort_slots(const SortSlotsArgs& args, void* workspace, cudaStream_t stream);
+
+}  // namespace moe
