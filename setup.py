@@ -35,6 +35,7 @@ TORCH_TARGET_VERSION = "0x020B000000000000"  # 2.11: the first stable ABI with e
 CUTLASS_REQUIREMENT = "sgl-deep-gemm==0.2.5"  # a 5 MB wheel that carries the CUTLASS 4.8.1 headers, for the build only
 CUTLASS_MINIMUM = (4, 2)
 DEFAULT_ARCHES = ("80", "90a", "100f", "120f")
+DEVICE_FLAGS = ("--expt-relaxed-constexpr", "--expt-extended-lambda", "-Xfatbin=-compress-all", "-diag-suppress=177")
 JOB_GIB = 6  # the largest CUTLASS translation unit peaks at 5.5 GiB
 
 
@@ -250,8 +251,7 @@ def header_links(plan: Plan) -> dict[str, Path]:
 
 def compile_flags(plan: Plan) -> list[str]:
     """Flags of every translation unit. nvcc also drives the host compiler for .cpp files: it knows CUDA's headers."""
-    defines = ["-DNDEBUG", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DTORCH_MOE_CUDA"]
-    defines += [f"-DTORCH_MOE_{name.upper()}" for name in plan.families]
+    defines = ["-DNDEBUG", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     includes = [f"-I{escape(CSRC)}", *(f"-isystem {name}" for name in header_links(plan))]
     host = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas"
     return [f"-ccbin {escape(plan.cxx)}", "-std=c++20", "-O3", host, *defines, *includes]
@@ -259,11 +259,10 @@ def compile_flags(plan: Plan) -> list[str]:
 
 def ninja_file(plan: Plan, sources: Iterable[Path], library: Path) -> str:
     """The build graph. Object paths mirror csrc/, so a second build compiles only what changed."""
-    device = "--expt-relaxed-constexpr --expt-extended-lambda -Xfatbin=-compress-all -diag-suppress=177"
     flags = " ".join(compile_flags(plan))
     lines = [
         "rule compile",
-        f"  command = {escape(plan.nvcc)} {flags} $device -MMD -MF $out.d -c $in -o $out",
+        f"  command = {escape(plan.nvcc)} {flags} $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $name",
@@ -279,13 +278,15 @@ def ninja_file(plan: Plan, sources: Iterable[Path], library: Path) -> str:
     ]
     objects = []
     for source in sources:
-        name = source.relative_to(CSRC)
-        arches = source_arches(source, plan.arches) if source.suffix == ".cu" else []
-        if source.suffix == ".cu" and not arches:
+        if source.suffix == ".cpp":
+            extra = [f"-DTORCH_MOE_{name.upper()}" for name in plan.families]
+        elif arches := source_arches(source, plan.arches):
+            extra = [*DEVICE_FLAGS, *gencode_flags(arches)]
+        else:
             continue
+        name = source.relative_to(CSRC)
         objects.append(escape(f"{name}.o"))
-        lines += [f"build {objects[-1]}: compile {escape(source)}", f"  name = {name}"]
-        lines += [f"  device = {device} {' '.join(gencode_flags(arches))}"] if arches else []
+        lines += [f"build {objects[-1]}: compile {escape(source)}", f"  name = {name}", f"  extra = {' '.join(extra)}"]
     lines += [f"build {escape(library)}: link {' '.join(objects)} | libtorch_cpu.so", ""]
     return "\n".join(lines)
 

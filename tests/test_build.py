@@ -186,13 +186,13 @@ def test_ninja_file_compiles_each_source_for_its_architectures(tmp_path: Path) -
     plan = setup.make_plan(make_tools(tmp_path) | {"TORCH_MOE_CUDA_ARCH_LIST": "80;90a"}, [tmp_path])
     names = ["gemm/gemm.cpp", "gemm/gemm_sm90.cu", "gemm/gemm_sm100.cu", "topk/topk.cu"]
     text = setup.ninja_file(plan, [setup.CSRC / name for name in names], tmp_path / "_C.so")
-    edges = {edge.split("\n")[0]: re.findall(r"code=\S+", edge) for edge in text.split("  name = ")[1:]}
+    edges = {edge.split("\n")[0]: re.findall(r",(code=\S+)", edge) for edge in text.split("  name = ")[1:]}
     assert edges == {
         "gemm/gemm.cpp": [],
         "gemm/gemm_sm90.cu": ["code=sm_90a"],
         "topk/topk.cu": ["code=[compute_80,sm_80]", "code=sm_90a"],
     }
-    assert "-DTORCH_MOE_SM80 -DTORCH_MOE_SM90 " in text
+    assert "extra = -DTORCH_MOE_SM80 -DTORCH_MOE_SM90\n" in text
     assert "-DTORCH_MOE_SM100" not in text
 
 
