@@ -88,14 +88,14 @@ def _random_weight(count: int, n: int, k: int, generator: torch.Generator) -> Te
 
 
 def make_inputs(
-    case: Case, num_tokens: int, generator: torch.Generator, index: int = 0
+    case: Case, num_tokens: int, generator: torch.Generator, index: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden_states bf16 [T, H], topk_weights f32 [T, K], topk_ids i32 [T, K] with -1 for experts of other ranks.
+    """hidden_states [T, H], topk_weights f32 [T, K], topk_ids i32 [T, K] with -1 for experts of other ranks.
 
     Distinct experts, uniformly at random; token 0 always has a local one, another one for another `index`.
     """
     device = generator.device
-    hidden_states = torch.randn(num_tokens, case.hidden_size, device=device, generator=generator).bfloat16()
+    hidden_states = torch.randn(num_tokens, case.hidden_size, device=device, generator=generator).to(dtype)
     score = torch.rand(num_tokens, case.num_router_experts, device=device, generator=generator)
     if num_tokens and case.num_experts < case.num_router_experts:
         score[0, (5 * index + 3) % case.num_experts] = 2.0
@@ -103,6 +103,11 @@ def make_inputs(
     topk_ids = torch.where(topk_ids < case.num_experts, topk_ids, -1)
     logits = torch.randn(num_tokens, case.top_k, device=device, generator=generator)
     return hidden_states, logits.softmax(dim=1), topk_ids
+
+
+def input_dtype(experts: Experts) -> torch.dtype:
+    """Of the hidden states: the activations' own where they are not quantised, else bf16."""
+    return torch.float16 if (experts.act_format or experts.format) == "fp16" else torch.bfloat16
 
 
 def reference(experts: Experts, inputs: tuple[Tensor, Tensor, Tensor], max_rows: int = 48) -> tuple[Tensor, Tensor]:

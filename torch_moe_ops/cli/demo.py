@@ -33,7 +33,7 @@ class Row:
     backend: str | None
     error: float | None = None
     tolerance: float | None = None
-    compiled: bool | None = None
+    compiled: bool | None = None  # None: --no-compile
     graph: bool | None = None  # None: no graphs on this device
     note: str = ""  # why it did not run, or how it failed
     seconds: float = 0.0
@@ -43,7 +43,8 @@ class Row:
         """A format without a backend on this device is no mistake; everything that ran must be right."""
         if self.backend is None:
             return True
-        return self.error is not None and self.error <= self.tolerance and self.compiled and self.graph is not False
+        right = self.error is not None and self.error <= self.tolerance
+        return right and self.compiled is not False and self.graph is not False
 
     def __str__(self) -> str:
         start = f"{self.layer:<10}{self.format:<11}{self.backend or '-':<14}"
@@ -79,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
             if not args.json:
                 print(rows[-1], flush=True)
     if args.json:
-        print(json.dumps([asdict(row) | {"ok": bool(row.ok)} for row in rows], indent=2))
+        print(json.dumps([asdict(row) | {"ok": row.ok} for row in rows], indent=2))
     return 0 if all(row.ok for row in rows) else 1
 
 
@@ -114,21 +115,24 @@ def run(case: _layer.Case, num_tokens: int, format: str, device: str, compiled: 
 def check(case: _layer.Case, num_tokens: int, format: str, device: str, compiled: bool) -> dict[str, object]:
     experts = _layer.make_experts(case, format, device=device)
     generator = torch.Generator(device=device).manual_seed(2)
-    dtype = torch.float16 if format == "fp16" else torch.bfloat16
-    inputs = [_layer.make_inputs(case, num_tokens, generator, index) for index in range(2)]
-    inputs = [(hidden_states.to(dtype), *routing) for hidden_states, *routing in inputs]
+    dtype = _layer.input_dtype(experts)
+    inputs = [_layer.make_inputs(case, num_tokens, generator, index, dtype) for index in range(2)]
     eager = [experts(*each) for each in inputs]
     errors = []
     for each, output in zip(inputs, eager, strict=True):
         rows, expected = _layer.reference(experts, each)
         errors.append(_layer.relative_error(output[rows], expected))
-    layer = torch.compile(experts, fullgraph=True, dynamic=True) if compiled else experts
     return {
         "error": max(errors),
         "tolerance": _layer.tolerance(experts),
-        "compiled": all(torch.equal(layer(*each), output) for each, output in zip(inputs, eager, strict=True)),
+        "compiled": compiled_matches(experts, inputs, eager) if compiled else None,
         "graph": replay_matches(experts, inputs, eager) if device == "cuda" else None,
     }
+
+
+def compiled_matches(experts: Experts, inputs: list, eager: list) -> bool:
+    layer = torch.compile(experts, fullgraph=True, dynamic=True)
+    return all(torch.equal(layer(*each), expected) for each, expected in zip(inputs, eager, strict=True))
 
 
 def replay_matches(experts: Experts, inputs: list, eager: list) -> bool:

@@ -82,7 +82,8 @@ class Point:
 def make_all_inputs(case: _layer.Case, experts: Experts, num_tokens: int) -> list[Inputs]:
     generator = torch.Generator(device=experts.w13.device).manual_seed(100 + num_tokens)
     calls = GRAPH_CALLS.get(num_tokens, 2)
-    return [_layer.make_inputs(case, num_tokens, generator, index) for index in range(calls)]
+    dtype = _layer.input_dtype(experts)
+    return [_layer.make_inputs(case, num_tokens, generator, index, dtype) for index in range(calls)]
 
 
 def measure_fused_moe(case: _layer.Case, experts: Experts, num_tokens: int, backend: str | None = None) -> Point:
