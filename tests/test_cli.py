@@ -128,7 +128,7 @@ def test_tiny_bench_writes_every_point(capsys, tmp_path):
     header, points = results.read_results(path)
     assert status == 0
     assert set(header) == {"commit", "gpu", "driver", "torch", "triton", "date"} and header["commit"] == "abc"
-    stages = ["sort_slots", "permute", "grouped_gemm_w13", "act_mul", "grouped_gemm_w2", "finalize"]
+    stages = ["topk", "sort_slots", "permute", "grouped_gemm_w13", "act_mul", "grouped_gemm_w2", "finalize"]
     assert [point["what"] for point in points] == ["fused_moe", *stages]
     for point in points:
         assert point["case"] == "tiny" and point["format"] == "fp8_block" and point["tokens"] == 1

@@ -1,6 +1,8 @@
-"""The stages of fused_moe, each timed alone on what the stages before it gave:
+"""The stages of a layer, each timed alone on what the stages before it gave:
 
-sort_slots -> permute -> grouped_gemm_w13 -> act_mul -> grouped_gemm_w2 -> finalize
+topk; sort_slots -> permute -> grouped_gemm_w13 -> act_mul -> grouped_gemm_w2 -> finalize
+
+topk runs on random logits of its own: the routing of a benchmark is given.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ def stages(experts: Experts, op_of: Callable[[str], Callable]) -> dict[str, tupl
     """name -> (op, stage), where stage takes the results so far and returns its own."""
     e, act_format = experts, experts.act_format or experts.format
     gemm = dict(format=e.format, act_format=e.act_format)
+
+    def topk(s: State) -> State:
+        topk_weights, topk_ids = op_of("topk")(s["router_logits"], s["topk_ids"].shape[1])
+        return {"chosen_weights": topk_weights, "chosen_ids": topk_ids}
 
     def sort_slots(s: State) -> State:
         offsets, slot_to_row, _ = op_of("sort_slots")(s["topk_ids"], e.num_experts)
@@ -52,7 +58,7 @@ def stages(experts: Experts, op_of: Callable[[str], Callable]) -> dict[str, tupl
         return {"output": op_of("finalize")(s["expert_out"], s["slot_to_row"], topk_weights=s["topk_weights"])}
 
     gemms = {"grouped_gemm_w13": grouped_gemm_w13, "grouped_gemm_w2": grouped_gemm_w2}
-    order = (sort_slots, permute, grouped_gemm_w13, act_mul, grouped_gemm_w2, finalize)
+    order = (topk, sort_slots, permute, grouped_gemm_w13, act_mul, grouped_gemm_w2, finalize)
     return {stage.__name__: ("grouped_gemm" if stage.__name__ in gemms else stage.__name__, stage) for stage in order}
 
 
@@ -61,6 +67,8 @@ def measure_stages(case: _layer.Case, experts: Experts, num_tokens: int, backend
     inputs = make_all_inputs(case, experts, num_tokens)
     names = ("hidden_states", "topk_weights", "topk_ids")
     states: list[State] = [dict(zip(names, tensors, strict=True)) for tensors in inputs]
+    for state in states:
+        state["router_logits"] = torch.randn(num_tokens, case.num_router_experts, device=state["topk_ids"].device)
     hit, slots = routing_counts(inputs)
     measured: list[tuple[str, str | None, float, float, float, float]] = []
     for name, (op, stage) in stages(experts, lambda op: overload(op, backend)).items():
@@ -119,6 +127,7 @@ def stage_bytes(name: str, experts: Experts, state: State, result: State, hit: f
         tensors = [getattr(experts, weight), getattr(experts, f"{weight}_scale")]
         return hit * sum(tensor[0].numel() * tensor.element_size() for tensor in tensors if tensor is not None)
     reads = {
+        "topk": ("router_logits",),
         "sort_slots": ("topk_ids",),
         "permute": ("hidden_states", "slot_to_row"),
         "act_mul": ("gate_up",),
