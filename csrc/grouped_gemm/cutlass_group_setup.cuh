@@ -23,8 +23,8 @@
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <cutlass/numeric_types.h>
 
-#include "../common/launch.h"
-#include "grouped_gemm.h"
+#include "common/launch.h"
+#include "grouped_gemm/grouped_gemm.h"
 
 namespace moe {
 namespace {

@@ -2,8 +2,8 @@
 //   out[r, n] = sum_k a[r, k] * b[e, n, k] (+ bias[e, n])
 // for rows r in [expert_offsets[e], expert_offsets[e+1]), any offsets; float32 sums in tensor memory.
 // Compiled and inspected, not executed: see docs/blackwell.md.
-#include "cutlass_group_setup.cuh"
-#include "grouped_gemm_sm100.h"
+#include "grouped_gemm/cutlass_group_setup.cuh"
+#include "grouped_gemm/grouped_gemm_sm100.h"
 
 namespace moe {
 namespace {

@@ -4,8 +4,8 @@
 // Each 128-block is summed in tensor memory, then scaled and added to a float32 total in registers, in k order.
 // Scales are read one float32 at a time, so neither the offsets nor the scale strides need any alignment.
 // Compiled and inspected, not executed: see docs/blackwell.md.
-#include "grouped_gemm_sm100.h"
-#include "cutlass_group_setup.cuh"
+#include "grouped_gemm/cutlass_group_setup.cuh"
+#include "grouped_gemm/grouped_gemm_sm100.h"
 
 namespace moe {
 namespace {

@@ -1,6 +1,6 @@
 // The SM100 kernels, each in a file of its own because compiling one takes half a minute and 3.5 GB.
 #pragma once
-#include "grouped_gemm.h"
+#include "grouped_gemm/grouped_gemm.h"
 
 namespace moe {
 

@@ -5,7 +5,7 @@
 // a time, so neither the offsets nor the scale strides need any alignment.
 // For bfloat16 and float16 there is the SM80 kernel, whose PTX runs on SM120 too.
 // Compiled and inspected, not executed: see docs/blackwell.md.
-#include "cutlass_group_setup.cuh"
+#include "grouped_gemm/cutlass_group_setup.cuh"
 
 namespace moe {
 namespace {

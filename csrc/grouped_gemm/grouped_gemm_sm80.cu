@@ -11,7 +11,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "grouped_gemm.h"
+#include "grouped_gemm/grouped_gemm.h"
 
 namespace moe {
 namespace {
