@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "act_mul/act_mul.h"
+#include "common/arguments.h"
 #include "common/launch.h"
 #include "common/quantize.cuh"
 #include "common/stream.h"
@@ -152,43 +153,14 @@ namespace {
 
 constexpr const char* kOp = "act_mul";
 
-ActivationParams parse_activation(const std::string& name, double alpha, double beta,
-                                  const std::optional<double>& limit) {
-  static constexpr const char* kNames[] = {"silu",       "gelu",         "gelu_tanh",   "relu",
-                                           "swiglustep", "relu2_no_mul", "gelu_no_mul", "silu_no_mul"};
-  int kind = 0;
-  while (kind < 8 && name != kNames[kind]) ++kind;
-  MOE_EXPECT(kind < 8, kOp, "activation",
-             "one of silu, gelu, gelu_tanh, relu, swiglustep, relu2_no_mul, gelu_no_mul, silu_no_mul", name);
-  ActivationParams params;
-  params.kind = static_cast<Activation>(kind);
-  const bool is_silu = params.kind == Activation::silu, is_step = params.kind == Activation::swiglustep;
-  MOE_EXPECT(is_silu || alpha == 1.0, kOp, "alpha", "1.0 for " << name, alpha);
-  MOE_EXPECT(is_silu || beta == 0.0, kOp, "beta", "0.0 for " << name, beta);
-  MOE_EXPECT(is_silu || is_step || !limit, kOp, "limit", "None for " << name, *limit);
-  MOE_EXPECT(!is_step || limit, kOp, "limit", "a number for " << name, "None");
-  params.alpha = static_cast<float>(alpha);
-  params.beta = static_cast<float>(beta);
-  params.has_limit = limit.has_value();
-  params.limit = static_cast<float>(limit.value_or(0.0));
-  return params;
-}
-
-GateUpLayout parse_layout(const std::string& name) {
-  if (name == "gate_up") return GateUpLayout::gate_up;
-  if (name == "up_gate") return GateUpLayout::up_gate;
-  MOE_EXPECT(name == "interleaved", kOp, "layout", "one of gate_up, up_gate, interleaved", name);
-  return GateUpLayout::interleaved;
-}
-
 std::tuple<Tensor, Tensor> act_mul_cuda(const Tensor& gate_up, const Tensor& expert_offsets,
                                         const std::string& activation, double alpha, double beta,
                                         const std::optional<double>& limit, const std::string& layout,
                                         const std::string& format_name, const std::optional<Tensor>& global_scale) {
   ActMulArgs args;
   args.format = parse_format(kOp, format_name);
-  args.activation = parse_activation(activation, alpha, beta, limit);
-  args.layout = parse_layout(layout);
+  args.activation = parse_activation(kOp, activation, alpha, beta, limit);
+  args.layout = parse_layout(kOp, "layout", layout);
   expect_tensor(kOp, "gate_up", gate_up, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, {"P", "columns"},
                 gate_up);
   expect_tensor(kOp, "expert_offsets", expert_offsets, {ScalarType::Int}, {"E + 1"}, gate_up);

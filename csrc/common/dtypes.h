@@ -11,14 +11,12 @@
 
 #include <cstdint>
 
-#include "grouped_gemm/grouped_gemm.h"  // DType
+#include "common/formats.h"
 
 namespace moe {
 
 constexpr int kChunk = 8;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // dispatch_dtype(dtype, [&]<typename T>() { ... }) for the three float types that activations come in.
 template <typename Function>

@@ -12,6 +12,9 @@ enum class Format : int { bf16, fp16, int8, fp8_block, mxfp8, mxfp4, nvfp4 };
 
 constexpr bool has_scale(Format format) { return format != Format::bf16 && format != Format::fp16; }
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
 // Values per stored element.
 constexpr int pack(Format format) { return format == Format::mxfp4 || format == Format::nvfp4 ? 2 : 1; }
 

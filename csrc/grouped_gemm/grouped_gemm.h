@@ -1,0 +1,54 @@
+// Grouped GEMM launchers, free of torch: out[r, n] = sum_k a[r, k] * b[e, n, k] (+ bias[e, n])
+// for rows r in [expert_offsets[e], expert_offsets[e+1]). Everything is device memory; nothing is read on the host.
+#pragma once
+#include <cuda_runtime.h>
+#include <cstddef>
+#include <cstdint>
+
+namespace moe {
+
+enum class DType : int { bfloat16 = 0, float16 = 1, float32 = 2, float8_e4m3 = 3, int8 = 4 };
+
+// A float32 scale matrix (rows, k blocks) with free strides, in elements: K-major is (k_blocks, 1), MN-major is (1, rows).
+struct ScaleView {
+  const float* data = nullptr;
+  int64_t stride_group = 0;  // per expert (b_scale only)
+  int64_t stride_row = 0;
+  int64_t stride_k = 0;
+};
+
+struct GroupedGemmArgs {
+  const void* a = nullptr;                 // [num_rows, k] row-major
+  const void* b = nullptr;                 // [num_experts, n, k] row-major
+  void* out = nullptr;                     // [num_rows, n] row-major
+  const int32_t* expert_offsets = nullptr; // [num_experts + 1]
+  const void* bias = nullptr;              // [num_experts, n] or null
+  DType ab_dtype = DType::bfloat16;        // of a and b: bfloat16, float16, or float8_e4m3 (the 1x128 x 128x128 block-scaled format)
+  DType out_dtype = DType::bfloat16;       // bfloat16, float16 or float32
+  DType bias_dtype = DType::bfloat16;
+  ScaleView a_scale;                       // float8 only: rows = num_rows
+  ScaleView b_scale;                       // float8 only: rows = 128-blocks of n, counted within each of the b_parts
+  int32_t num_experts = 0, n = 0, k = 0;
+  int32_t b_parts = 1;                     // b[e] is this many equally tall matrices on top of each other (2: gate over up)
+  int64_t num_rows = 0;                    // rows allocated; rows in use = expert_offsets[num_experts]
+};
+
+// One trio per architecture family. `why_not` returns nullptr when the kernel can run these arguments, else one sentence.
+// `workspace_bytes` is a pure function of the static fields (no pointers). Launches are asynchronous on `stream`.
+const char* grouped_gemm_sm80_why_not(const GroupedGemmArgs&);
+size_t grouped_gemm_sm80_workspace_bytes(const GroupedGemmArgs&);
+cudaError_t grouped_gemm_sm80(const GroupedGemmArgs&, void* workspace, cudaStream_t stream);
+
+const char* grouped_gemm_sm90_why_not(const GroupedGemmArgs&);
+size_t grouped_gemm_sm90_workspace_bytes(const GroupedGemmArgs&);
+cudaError_t grouped_gemm_sm90(const GroupedGemmArgs&, void* workspace, cudaStream_t stream);
+
+const char* grouped_gemm_sm100_why_not(const GroupedGemmArgs&);
+size_t grouped_gemm_sm100_workspace_bytes(const GroupedGemmArgs&);
+cudaError_t grouped_gemm_sm100(const GroupedGemmArgs&, void* workspace, cudaStream_t stream);
+
+const char* grouped_gemm_sm120_why_not(const GroupedGemmArgs&);
+size_t grouped_gemm_sm120_workspace_bytes(const GroupedGemmArgs&);
+cudaError_t grouped_gemm_sm120(const GroupedGemmArgs&, void* workspace, cudaStream_t stream);
+
+}  // namespace moe

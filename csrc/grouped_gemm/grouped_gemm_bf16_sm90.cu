@@ -1,0 +1,11 @@
+// The bf16 tile configurations of the SM90 grouped GEMM.
+#include "grouped_gemm/launch_sm90.cuh"
+
+namespace moe::sm90 {
+
+template <>
+cudaError_t launch_element<__nv_bfloat16>(int32_t rows, const GroupedGemmArgs& args, const GatedEpilogue* gated, int num_sms, cudaStream_t stream) {
+  return launch_element_impl<__nv_bfloat16>(rows, args, gated, num_sms, stream);
+}
+
+}  // namespace moe::sm90

@@ -1,0 +1,11 @@
+// The fp16 tile configurations of the SM90 grouped GEMM.
+#include "grouped_gemm/launch_sm90.cuh"
+
+namespace moe::sm90 {
+
+template <>
+cudaError_t launch_element<__half>(int32_t rows, const GroupedGemmArgs& args, const GatedEpilogue* gated, int num_sms, cudaStream_t stream) {
+  return launch_element_impl<__half>(rows, args, gated, num_sms, stream);
+}
+
+}  // namespace moe::sm90

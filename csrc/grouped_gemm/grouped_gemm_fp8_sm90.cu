@@ -1,0 +1,11 @@
+// The fp8 tile configurations of the SM90 grouped GEMM.
+#include "grouped_gemm/launch_sm90.cuh"
+
+namespace moe::sm90 {
+
+template <>
+cudaError_t launch_element<__nv_fp8_e4m3>(int32_t rows, const GroupedGemmArgs& args, const GatedEpilogue* gated, int num_sms, cudaStream_t stream) {
+  return launch_element_impl<__nv_fp8_e4m3>(rows, args, gated, num_sms, stream);
+}
+
+}  // namespace moe::sm90

@@ -1,0 +1,83 @@
+// SM90 grouped GEMM: what it can run, which tile configuration it takes, and the entry points.
+#include <algorithm>
+
+#include "grouped_gemm/launch_sm90.cuh"
+
+namespace moe {
+namespace sm90 {
+
+EncodeTensorMap encode_tensor_map() {
+  static const EncodeTensorMap function = [] {
+    void* symbol = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &found);
+    return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTensorMap>(symbol) : nullptr;
+  }();
+  return function;
+}
+
+int32_t choose_tile_rows(int64_t num_rows, int32_t num_experts, int32_t part_rows, int32_t parts, int32_t num_sms) {
+  const int64_t token_tiles = max_token_tiles(num_rows, num_experts);
+  const int64_t tiles256 = token_tiles * parts * ((part_rows + 255) / 256), tiles128 = token_tiles * parts * ((part_rows + 127) / 128);
+  if (tiles256 >= 8 * num_sms) return 256;   // enough of them: the last round is a small part of all
+  return tiles128 >= num_sms ? 128 : 64;     // decode: more thread blocks pull more bytes
+}
+
+}  // namespace sm90
+
+const char* grouped_gemm_sm90_why_not(const GroupedGemmArgs& args) {
+  const int element = args.ab_dtype == DType::float8_e4m3 ? 1 : 2;
+  if (args.ab_dtype != DType::bfloat16 && args.ab_dtype != DType::float16 && args.ab_dtype != DType::float8_e4m3)
+    return "a and b must be bfloat16, float16 or float8_e4m3fn";
+  if (args.k * element % 16 != 0) return "rows of a and b must be a multiple of 16 bytes long (TMA)";
+  if (args.n % args.b_parts != 0 || args.n / args.b_parts % 8 != 0) return "each part of b must have a multiple of 8 rows (16-byte stores)";
+  if (args.num_experts > sm90::kMaxExperts) return "at most 1024 experts";
+  return nullptr;
+}
+
+size_t grouped_gemm_sm90_workspace_bytes(const GroupedGemmArgs&) { return 0; }
+
+namespace {
+
+cudaError_t count_sms(int* num_sms) {
+  int device = 0;
+  if (auto e = cudaGetDevice(&device)) return e;
+  return cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
+}
+
+cudaError_t run(const GroupedGemmArgs& args, const GatedEpilogue* gated, cudaStream_t stream) {
+  if (args.num_rows == 0 || args.num_experts == 0 || args.n == 0) return cudaSuccess;
+  if (grouped_gemm_sm90_why_not(args) != nullptr) return cudaErrorInvalidValue;
+  int num_sms = 0;
+  if (auto e = count_sms(&num_sms)) return e;
+  const int32_t rows = sm90::choose_tile_rows(args.num_rows, args.num_experts, args.n / args.b_parts, args.b_parts, num_sms);
+  switch (args.ab_dtype) {
+    case DType::float8_e4m3: return sm90::launch_element<__nv_fp8_e4m3>(rows, args, gated, num_sms, stream);
+    case DType::bfloat16: return sm90::launch_element<__nv_bfloat16>(rows, args, gated, num_sms, stream);
+    default: return sm90::launch_element<__half>(rows, args, gated, num_sms, stream);
+  }
+}
+
+}  // namespace
+
+cudaError_t grouped_gemm_sm90(const GroupedGemmArgs& args, void*, cudaStream_t stream) { return run(args, nullptr, stream); }
+
+const char* grouped_gemm_gated_sm90_why_not(const GroupedGemmArgs& args) {
+  if (const char* reason = grouped_gemm_sm90_why_not(args)) return reason;
+  if (args.b_parts != 2) return "b must hold gate and up (b_parts 2)";
+  if (args.ab_dtype == DType::float8_e4m3 && args.n / 2 % 16 != 0) return "rows of act must be a multiple of 16 bytes long (16-byte stores)";
+  return nullptr;
+}
+
+bool grouped_gemm_gated_sm90_pays(const GroupedGemmArgs& args) {
+  int num_sms = 0;
+  const int64_t row_tiles = (args.n / 2 + 127) / 128;
+  return count_sms(&num_sms) == cudaSuccess && sm90::max_token_tiles(args.num_rows, args.num_experts) * row_tiles >= num_sms;
+}
+
+cudaError_t grouped_gemm_gated_sm90(const GroupedGemmArgs& args, const GatedEpilogue& gated, cudaStream_t stream) {
+  if (grouped_gemm_gated_sm90_why_not(args) != nullptr) return cudaErrorInvalidValue;
+  return run(args, &gated, stream);
+}
+
+}  // namespace moe

@@ -1,0 +1,56 @@
+// wgmma with both operands in shared memory: d[64, N] (+)= a[64, 32 bytes of K] * b[N, 32 bytes of K]^T, float32 d.
+// Thread t of the warpgroup holds, for token group j, d[4j + {0,1}] = (row 16*(t/32) + t%32/4, token 8j + 2*(t%4) + {0,1})
+// and d[4j + {2,3}] = the same eight rows below.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <cute/arch/mma_sm90_desc.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <type_traits>
+#include <utility>
+
+namespace moe::sm90 {
+
+// Descriptor of a K-major operand whose rows are 128 bytes, 128-byte swizzle, in groups of eight rows (1024 bytes apart).
+__device__ __forceinline__ uint64_t smem_descriptor(uint32_t address) {
+  constexpr uint64_t kSwizzle128B = uint64_t(1) << 62, kGroupStride = uint64_t(1024 >> 4) << 32, kUnusedLeading = uint64_t(1) << 16;
+  return kSwizzle128B | kGroupStride | kUnusedLeading | ((address & 0x3FFFF) >> 4);
+}
+
+template <int kCount>
+__device__ __forceinline__ void fence_registers(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) cute::warpgroup_fence_operand(d[i]);
+}
+
+namespace detail {
+namespace gmma = cute::SM90::GMMA;
+constexpr auto kK = gmma::Major::K;
+
+template <class Element, int kN> struct Instruction;
+#define MOE_INSTRUCTIONS(N)                                                                                  \
+  template <> struct Instruction<__nv_fp8_e4m3, N> { using type = gmma::MMA_64x##N##x32_F32E4M3E4M3_SS_TN<>; };   \
+  template <> struct Instruction<__nv_bfloat16, N> { using type = gmma::MMA_64x##N##x16_F32BF16BF16_SS<kK, kK>; }; \
+  template <> struct Instruction<__half, N> { using type = gmma::MMA_64x##N##x16_F32F16F16_SS<kK, kK>; };
+MOE_INSTRUCTIONS(8)
+MOE_INSTRUCTIONS(16)
+MOE_INSTRUCTIONS(32)
+MOE_INSTRUCTIONS(64)
+MOE_INSTRUCTIONS(128)
+#undef MOE_INSTRUCTIONS
+}  // namespace detail
+
+template <class Element, int kN>
+struct Mma {
+  template <size_t... kIndex>
+  __device__ static void expand(uint64_t a, uint64_t b, float (&d)[kN / 2], bool accumulate, std::index_sequence<kIndex...>) {
+    detail::Instruction<Element, kN>::type::fma(a, b, d[kIndex]..., accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+  }
+  __device__ static void run(uint64_t a, uint64_t b, float (&d)[kN / 2], bool accumulate) {
+    expand(a, b, d, accumulate, std::make_index_sequence<kN / 2>{});
+  }
+};
+
+}  // namespace moe::sm90

@@ -1,0 +1,59 @@
+// GroupedGemmArgs from tensors, checked: what grouped_gemm and fused_moe share on the torch side.
+#pragma once
+#include "common/tensor.h"
+#include "grouped_gemm/grouped_gemm.h"
+
+namespace moe {
+
+inline DType element_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::Float8_e4m3fn: return DType::float8_e4m3;
+    case ScalarType::Char: return DType::int8;
+    default: return DType::bfloat16;
+  }
+}
+
+// Scales may have any strides: K-major and MN-major alike.
+inline void expect_scale(const char* op, const std::string& argument, const std::optional<Tensor>& scale, std::initializer_list<Dim> dims,
+                         const Tensor& like) {
+  const std::string expected = describe({ScalarType::Float}, dims, device_name(like));
+  if (!scale) refuse(op, argument.c_str(), expected, "None");
+  bool good = scale->scalar_type() == ScalarType::Float && scale->dim() == static_cast<int64_t>(dims.size()) && scale->is_cuda() &&
+              scale->get_device_index() == like.get_device_index();
+  for (int64_t i = 0; good && i < scale->dim(); ++i) good = scale->size(i) == dims.begin()[i].size;
+  if (!good) refuse(op, argument.c_str(), expected, describe(*scale));
+}
+
+// The weight side: b [E, n, k], its scale and bias. `name` is b's, "w13" say; num_rows, a and out are the caller's.
+inline GroupedGemmArgs weight_args(const char* op, const std::string& name, const Tensor& b, const std::optional<Tensor>& scale,
+                                   const std::optional<Tensor>& bias, Format format, int64_t parts, const Tensor& like) {
+  const ScalarType dtype = value_dtype(format);
+  expect_tensor(op, name.c_str(), b, {dtype}, {"E", "N", "K"}, like);
+  const int64_t num_experts = b.size(0), n = b.size(1), k = b.size(2);
+  MOE_EXPECT(parts >= 1 && n % parts == 0, op, name.c_str(), "a multiple of " << parts << " rows per expert", n);
+  GroupedGemmArgs args;
+  args.b = b.data_ptr();
+  args.ab_dtype = element_dtype(dtype);
+  args.num_experts = static_cast<int32_t>(num_experts);
+  args.n = static_cast<int32_t>(n);
+  args.k = static_cast<int32_t>(k);
+  args.b_parts = static_cast<int32_t>(parts);
+  if (has_scale(format)) {
+    const bool blocks = format == Format::fp8_block;
+    const Dim rows = blocks ? parts * ((n / parts + 127) / 128) : n, columns = scale_columns(format, k);
+    expect_scale(op, name + "_scale", scale, {num_experts, rows, columns}, like);
+    args.b_scale = {pointer<const float>(*scale), scale->stride(0), scale->stride(1), scale->stride(2)};
+  } else {
+    MOE_EXPECT(!scale, op, (name + "_scale").c_str(), "none for this format", describe(*scale));
+  }
+  if (bias) {
+    const std::string bias_name = name == "b" ? "bias" : name + "_bias";
+    expect_tensor(op, bias_name.c_str(), *bias, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, {num_experts, n}, like);
+    args.bias = bias->data_ptr();
+    args.bias_dtype = float_dtype(*bias);
+  }
+  return args;
+}
+
+}  // namespace moe
