@@ -1,4 +1,4 @@
-"""output = finalize(grouped_gemm(act_mul(grouped_gemm(permute(hidden_states), w13)), w2)), with sort_slots first.
+"""output [T, H] = finalize(grouped_gemm(act_mul(grouped_gemm(permute(hidden_states), w13)), w2)), the stages in turn.
 
 Intermediates between the stages have the dtype of hidden_states.
 """

@@ -1,0 +1,62 @@
+"""quantize, the op: shapes, layouts and the formats' own quantiser (which test_formats.py takes apart bit by bit)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import torch_moe_ops as moe
+from torch_moe_ops.formats import FORMATS
+
+SCALE_COLUMNS = {"bf16": 0, "fp16": 0, "int8": 1, "fp8_block": 2, "mxfp8": 7, "mxfp4": 7, "nvfp4": 13}
+# The largest relative error of a value at least as large as half of its block's maximum: half a step of the value
+# type, and for int8 half a step of the block. The scale of mxfp4 and mxfp8 may be up to twice as large as needed.
+WORST_ERROR = {
+    "bf16": 2**-8, "fp16": 2**-11, "int8": 1 / 127, "fp8_block": 2**-4, "mxfp8": 2**-4, "mxfp4": 0.34, "nvfp4": 0.34,
+}  # fmt: skip
+
+
+def test_round_trip(format: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 200) * torch.logspace(-1, 3, 6)[:, None]
+    fmt = FORMATS[format]
+    values, scale = moe.quantize(x, format)
+    assert values.shape == (6, 200 // fmt.pack) and values.dtype == fmt.dtype and values.is_contiguous()
+    assert scale.shape == (6, SCALE_COLUMNS[format]) and scale.dtype == fmt.scale_dtype and scale.is_contiguous()
+    back = fmt.dequantize(values, scale, fmt.act_block)
+    block_k = (fmt.act_block or (1, 1))[1] or 200
+    blocks = torch.nn.functional.pad(x, (0, -200 % block_k)).unflatten(1, (-1, block_k))
+    large = (blocks.abs() >= 0.5 * blocks.abs().amax(-1, keepdim=True)).flatten(1)[:, :200] & (x.abs() > 1e-3)
+    assert ((back - x).abs() / x.abs())[large].max() <= WORST_ERROR[format]
+
+
+def test_global_scale() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 64) * 1e-4  # too small for e4m3 scales alone
+    fmt = FORMATS["nvfp4"]
+    for global_scale in (torch.tensor([1e-5]), torch.tensor(1e-5)):
+        values, scale = moe.quantize(x, "nvfp4", global_scale=global_scale)
+        back = fmt.dequantize(values, scale, fmt.act_block, global_scale)
+        assert ((back - x).norm() / x.norm()) < 0.15
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_row_depends_on_itself_alone(format: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(9, 96).to(dtype)
+    values, scale = moe.quantize(x, format)
+    for row in range(9):
+        one_values, one_scale = moe.quantize(x[row : row + 1], format)
+        assert torch.equal(one_values.view(torch.uint8), values[row : row + 1].view(torch.uint8))
+        assert torch.equal(one_scale.float(), scale[row : row + 1].float())
+
+
+def test_no_rows(format: str) -> None:
+    values, scale = moe.quantize(torch.empty(0, 64), format)
+    assert len(values) == len(scale) == 0
+
+
+def test_the_input_is_copied() -> None:
+    x = torch.randn(2, 4).bfloat16()
+    values, _ = moe.quantize(x, "bf16")
+    assert torch.equal(values, x) and values.data_ptr() != x.data_ptr()
