@@ -35,7 +35,8 @@ def refuse(op: str, name: str, expected: object, got: object) -> NoReturn:
 
 def expect_choice(op: str, name: str, value: object, choices: Collection[object]) -> None:
     if value not in choices:
-        refuse(op, name, f"one of {', '.join(map(str, choices))}", value)
+        text = f"one of {', '.join(map(str, choices))}".replace("torch.", "")
+        refuse(op, name, text, str(value).replace("torch.", ""))
 
 
 def expect_range(op: str, name: str, value: int, low: int, high: int | None = None) -> None:
@@ -61,7 +62,7 @@ def expect_tensor(
         or tensor.device != device
         or (contiguous and not tensor.is_contiguous())
     ):
-        _refuse_tensor(op, name, tensor, dtypes, shape, device)
+        _refuse_tensor(op, name, tensor, dtypes, shape, device, contiguous)
 
 
 def expect_sizes(
@@ -79,7 +80,7 @@ def expect_sizes(
         or (device is not None and tensor.device != device)
         or not tensor.is_contiguous()
     ):
-        _refuse_tensor(op, name, tensor, dtypes, dims, device or tensor.device)
+        _refuse_tensor(op, name, tensor, dtypes, dims, device or tensor.device, True)
     return tensor.shape
 
 
@@ -104,9 +105,10 @@ def _refuse_tensor(
     dtypes: tuple[torch.dtype, ...],
     shape: Sequence[object],
     device: torch.device,
+    contiguous: bool,
 ) -> NoReturn:
     expected = describe(" or ".join(map(str, dtypes)), shape, device)
     got = describe(tensor.dtype, tensor.shape, tensor.device)
-    if not tensor.is_contiguous():
+    if contiguous and not tensor.is_contiguous():
         expected, got = f"contiguous {expected}", f"{got} with strides {list(tensor.stride())}"
     refuse(op, name, expected, got)

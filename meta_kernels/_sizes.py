@@ -67,16 +67,17 @@ def workspace_bytes(
 ) -> int:
     """Bytes of all intermediates of one `fused_moe` call: a pure function of shapes.
 
-    They are the results of sort_slots, permute, grouped_gemm, act_mul and grouped_gemm, all alive at once; a backend
-    that fuses stages needs less. The inputs and the output [T, H] are not counted.
+    They are the results of sort_slots, permute, grouped_gemm, act_mul and grouped_gemm, all alive at once, with gate_up
+    in float32: no backend keeps more, and one that fuses stages keeps less. Not counted are the inputs, the output
+    [T, H] and the kernels' scratch memory, which is a few KiB plus a few bytes a slot.
     """
     fmt = get_format("workspace_bytes", act_format or format)
     gate_up_columns = intermediate_size * (2 if get_activation("workspace_bytes", activation).gated else 1)
     slots = num_tokens * top_k
     rows = max_rows(slots, num_experts, alignment)
     maps = 4 * (num_experts + 1 + slots + rows)  # expert_offsets, slot_to_row, row_to_slot
-    gemm_outputs = 2 * rows * (gate_up_columns + hidden_size)  # gate_up, expert_out in bfloat16 or float16
-    return maps + gemm_outputs + _act_bytes(fmt, rows, hidden_size) + _act_bytes(fmt, rows, intermediate_size)
+    gate_up, expert_out = 4 * rows * gate_up_columns, 2 * rows * hidden_size
+    return maps + gate_up + expert_out + _act_bytes(fmt, rows, hidden_size) + _act_bytes(fmt, rows, intermediate_size)
 
 
 def _act_bytes(format: Format, rows: int, k: int) -> int:

@@ -1,0 +1,178 @@
+"""The choice of a backend is a pure function of static facts, and it explains itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+
+import torch_moe_ops as moe
+from torch_moe_ops import backends
+from torch_moe_ops.backends import CANDIDATES, GEMM_FORMATS, Gemm, Problem, explain_problem, select
+
+EVERYTHING = frozenset({"reference", "triton", "cuda", *GEMM_FORMATS})
+DEEPSEEK = (Gemm(4096, 7168, 2), Gemm(7168, 2048))
+
+
+def problem(op: str = "fused_moe", sm: int = 90, built: frozenset[str] = EVERYTHING, **facts: object) -> Problem:
+    facts = {"gemms": DEEPSEEK, "num_experts": 256, "top_k": 8} | facts if op == "fused_moe" else facts
+    return Problem(op, "cuda" if sm else "cpu", sm, built, **facts)
+
+
+def test_explanations() -> None:
+    questions = [
+        problem(format="fp8_block"),
+        problem(format="fp8_block", sm=80),
+        problem(format="fp8_block", act_format="bf16"),
+        problem(format="int8"),
+        problem("grouped_gemm", sm=103, format="fp8_block", gemms=(Gemm(4096, 7168, 2),), out_dtype=torch.bfloat16),
+        problem("grouped_gemm", sm=86, gemms=(Gemm(4096, 7170),)),
+        problem("topk"),
+        problem("topk", sm=0),
+        problem("topk", built=frozenset({"reference"})),
+    ]
+    assert_expected_inline(
+        "\n\n".join(str(explain_problem(p)) for p in questions),
+        """\
+fused_moe on cuda (sm90), fp8_block, n 4096 k 7168, n 7168 k 2048
+  cutlass_sm90  yes
+  triton        yes, after cutlass_sm90
+  reference     no: plain torch; on a GPU it runs only when called by name
+
+fused_moe on cuda (sm80), fp8_block, n 4096 k 7168, n 7168 k 2048
+  cutlass_sm90  no: needs sm90, got sm80
+  triton        yes
+  reference     no: plain torch; on a GPU it runs only when called by name
+
+fused_moe on cuda (sm90), fp8_block weights, bf16 activations, n 4096 k 7168, n 7168 k 2048
+  cutlass_sm90  no: needs activations in the format of the weights, got bf16 with fp8_block
+  triton        yes
+  reference     no: plain torch; on a GPU it runs only when called by name
+
+fused_moe on cuda (sm90), int8, n 4096 k 7168, n 7168 k 2048
+  cutlass_sm90  no: multiplies bf16, fp16, fp8_block, got int8
+  triton        yes
+  reference     no: plain torch; on a GPU it runs only when called by name
+
+grouped_gemm on cuda (sm103), fp8_block, n 4096 k 7168
+  cutlass_sm90  no: needs sm90, got sm103
+  cutlass_sm100 yes
+  cutlass_sm120 no: needs sm120 or sm121, got sm103
+  cutlass_sm80  no: needs sm80 to sm89, got sm103
+  triton        yes, after cutlass_sm100
+  reference     no: plain torch; on a GPU it runs only when called by name
+
+grouped_gemm on cuda (sm86), bf16, n 4096 k 7170
+  cutlass_sm90  no: needs sm90, got sm86
+  cutlass_sm100 no: needs sm100 or sm103, got sm86
+  cutlass_sm120 no: needs sm120 or sm121, got sm86
+  cutlass_sm80  no: needs K to be a multiple of 8, got 7170
+  triton        yes
+  reference     no: plain torch; on a GPU it runs only when called by name
+
+topk on cuda (sm90), bf16
+  cuda          yes
+  triton        yes, after cuda
+  reference     no: plain torch; on a GPU it runs only when called by name
+
+topk on cpu, bf16
+  cuda          no: needs a CUDA device, got cpu
+  triton        no: Triton's interpreter is for tests; on a CPU it runs only when called by name
+  reference     yes
+
+topk on cuda (sm90), bf16
+  cuda          no: this build has no such CUDA kernel
+  triton        no: the triton package is not installed
+  reference     no: plain torch; on a GPU it runs only when called by name""",
+    )
+
+
+@pytest.mark.parametrize(
+    ("sm", "format", "backend"),
+    [
+        (0, "nvfp4", "reference"),
+        (80, "bf16", "cutlass_sm80"),
+        (89, "int8", "cutlass_sm80"),
+        (89, "fp8_block", "triton"),
+        (90, "bf16", "cutlass_sm90"),
+        (90, "fp16", "cutlass_sm90"),
+        (90, "fp8_block", "cutlass_sm90"),
+        (90, "int8", "triton"),
+        (100, "fp8_block", "cutlass_sm100"),
+        (103, "bf16", "cutlass_sm100"),
+        (100, "fp16", "triton"),
+        (120, "fp8_block", "cutlass_sm120"),
+        (121, "bf16", "cutlass_sm120"),
+    ],
+)
+def test_grouped_gemm_per_gpu(sm: int, format: str, backend: str) -> None:
+    assert select(problem("grouped_gemm", sm, format=format, gemms=(Gemm(256, 512),))) == backend
+
+
+@pytest.mark.parametrize(
+    ("sm", "facts", "reason"),
+    [
+        (90, {"gemms": (Gemm(256, 100),)}, "needs K to be a multiple of 8, got 100"),
+        (90, {"gemms": (Gemm(256, 100),), "format": "fp8_block"}, "needs K to be a multiple of 16, got 100"),
+        (90, {"gemms": (Gemm(24, 64, 2),)}, "needs N to be a multiple of 8 in each part, got 12"),
+        (90, {"num_experts": 1025}, "takes at most 1024 experts, got 1025"),
+        (90, {"format": "nvfp4"}, "multiplies bf16, fp16, fp8_block, got nvfp4"),
+        (100, {"out_dtype": torch.float32}, "needs a bfloat16 output, got float32"),
+        (100, {"bias_dtype": torch.float16}, "needs a bfloat16 bias, got float16"),
+        (
+            120,
+            {"gemms": (Gemm(96, 64, 2),), "format": "fp8_block"},
+            "needs N to be a multiple of 128 in each part, got 48",
+        ),
+    ],
+)
+def test_reasons(sm: int, facts: dict[str, object], reason: str) -> None:
+    verdicts = {v.backend: v.reason for v in explain_problem(problem("grouped_gemm", sm, **facts)).verdicts}
+    assert verdicts[f"cutlass_sm{sm}"] == reason
+
+
+def test_a_gpu_never_runs_the_reference() -> None:
+    for op in CANDIDATES:
+        for sm in (70, 75, 80, 86, 90, 100, 120):
+            for built in (EVERYTHING, frozenset({"reference"})):
+                assert explain_problem(problem(op, sm, built)).backend != "reference"
+        assert select(problem(op, sm=0)) == "reference"
+
+
+def test_no_backend_is_one_line_with_every_reason() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        select(problem(built=frozenset({"reference"}), format="fp8_block"))
+    assert_expected_inline(
+        str(caught.value),
+        """fused_moe: backend: expected one that can run this problem, got none (cutlass_sm90: this build has no such CUDA kernel; triton: the triton package is not installed; reference: plain torch; on a GPU it runs only when called by name)""",  # noqa: E501
+    )
+
+
+def test_formats_without_gpu_kernels() -> None:
+    for op, format, act_format in (("fused_moe", "nvfp4", ""), ("grouped_gemm", "fp8_block", "mxfp8")):
+        backends.expect_gpu_format(op, "cpu", format, act_format)
+        with pytest.raises(RuntimeError, match=f"^{op}: .*format: expected .* on a GPU, got") as caught:
+            backends.expect_gpu_format(op, "cuda", format, act_format)
+        assert "\n" not in str(caught.value)
+    for format in ("bf16", "fp16", "fp8_block", "int8"):
+        backends.expect_gpu_format("fused_moe", "cuda", format)
+    backends.expect_gpu_format("quantize", "cuda", "nvfp4")  # quantisers exist for every format
+
+
+def test_explain() -> None:
+    answer = moe.explain("fused_moe", device="cpu", format="mxfp4", hidden_size=64, intermediate_size=32)
+    assert answer.backend == "reference" and answer.problem.gemms == (Gemm(64, 64, 2), Gemm(64, 32))
+    answer = moe.explain(device="cpu", activation="relu2_no_mul", hidden_size=64, intermediate_size=32)
+    assert answer.problem.gemms == (Gemm(32, 64), Gemm(64, 32))
+    assert moe.explain("grouped_gemm", sm=80, n=64, k=32, b_parts=2).problem.gemms == (Gemm(64, 32, 2),)
+    with pytest.raises(RuntimeError, match="^explain: op: expected one of topk, .*, got moe$"):
+        moe.explain("moe")
+
+
+def test_explain_names_what_default_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    from torch_moe_ops import _library
+
+    monkeypatch.setattr(_library, "select", lambda p: called.append(p) or select(p))
+    moe.topk(torch.randn(3, 8), 2)
+    assert called == [moe.explain("topk", device="cpu", num_experts=8, top_k=2).problem]
