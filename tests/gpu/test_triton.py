@@ -1,4 +1,6 @@
-"""The portable Triton kernels on a GPU against the reference overloads, at sizes that fill it; graphs, batches and compile."""
+"""The portable Triton kernels on a GPU against the reference overloads, at sizes that fill it; graphs and compile."""
+
+import importlib
 
 import pytest
 import torch
@@ -69,7 +71,9 @@ def test_quantisers_are_bit_exact(format):
     assert_same_bits(got[1], expected[1])
 
 
-@pytest.mark.parametrize("num_experts, num_groups, topk_groups, top_k", [(256, 8, 4, 8), (384, 1, 1, 6), (160, 8, 3, 6)])
+@pytest.mark.parametrize(
+    "num_experts, num_groups, topk_groups, top_k", [(256, 8, 4, 8), (384, 1, 1, 6), (160, 8, 3, 6)]
+)
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 def test_topk(num_experts, num_groups, topk_groups, top_k, scoring):
     # Distinct multiples of 1/64 per token: no two choices are closer than the exponentials' errors.
@@ -82,7 +86,9 @@ def test_topk(num_experts, num_groups, topk_groups, top_k, scoring):
     torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("tokens, num_experts, top_k", [(1, 256, 8), (5000, 256, 8), (30000, 8, 2), (3000, 384, 6)])
+@pytest.mark.parametrize(
+    "tokens, num_experts, top_k", [(1, 256, 8), (5000, 256, 8), (30000, 8, 2), (3000, 384, 6), (9, 1, 1)]
+)
 @pytest.mark.parametrize("alignment", [1, 128])
 def test_sort_slots(tokens, num_experts, top_k, alignment):
     ids = torch.randint(-1, num_experts, (tokens, top_k), device="cuda", generator=generator(), dtype=torch.int32)
@@ -136,16 +142,46 @@ def test_grouped_gemm(format, routing, rows, n, k):
     assert torch.equal(got[:used], ops.grouped_gemm.reference(a, b, offsets, **options)[:used])
 
 
+def exact_gemm(format: str, act_format: str, rows: int) -> tuple[tuple, dict]:
+    """Arguments of grouped_gemm whose result is exact in float32."""
+    fmt, g = FORMATS[format], generator(6)
+    a = torch.randint(-2, 3, (rows, 720), device="cuda", generator=g).to(FORMATS[act_format].dtype)
+    b = torch.randint(-2, 3, (4, 480, 720), device="cuda", generator=g).to(fmt.dtype)
+    b_scale = torch.randint(-2, 3, (4, *fmt.weight_scale_shape(480, 720)), device="cuda", generator=g).float().exp2()
+    offsets = torch.tensor([0, rows // 3, rows // 3, rows - 1, rows], device="cuda", dtype=torch.int32)
+    options = {"b_scale": b_scale, "format": format, "act_format": act_format, "out_dtype": torch.float32}
+    return (a, b, offsets), options
+
+
+@pytest.mark.parametrize("rows", [40, 3000])
+@pytest.mark.parametrize("format", ["fp8_block", "int8"])
+@pytest.mark.parametrize("act_format", ["bf16", "fp16"])
+def test_weight_only(format, act_format, rows):
+    arguments, options = exact_gemm(format, act_format, rows)
+    got = ops.grouped_gemm.triton(*arguments, **options)
+    assert torch.equal(got, ops.grouped_gemm.reference(*arguments, **options))
+
+
+def test_fp8_widened_for_gpus_without_fp8_tensor_cores(monkeypatch):
+    module = importlib.import_module("torch_moe_ops.triton.grouped_gemm")
+    monkeypatch.setattr(module, "_dot_dtype", lambda a: module.tl.float16)
+    arguments, options = exact_gemm("fp8_block", "fp8_block", 3000)
+    options["a_scale"] = torch.randint(-2, 3, (3000, 6), device="cuda", generator=generator(7)).float().exp2()
+    got = ops.grouped_gemm.triton(*arguments, **options)
+    assert torch.equal(got, ops.grouped_gemm.reference(*arguments, **options))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("format", GEMM_FORMATS)
 def test_fused_moe(format, shape):
     arguments, options = make_moe(format, shape)
     got = ops.fused_moe.triton(*arguments, **options).float()
     expected = ops.fused_moe.reference(*arguments, **options).float()
-    # The quantised inputs are the same bits; what differs is one rounding of gate_up and act here and there.
+    # The first GEMM's inputs are the same bits; what differs is a rounding of gate_up, act and expert_out here and
+    # there, and out's own: less than a unit in the mean, a few in the worst of all outputs.
     unit = {"bf16": 2**-8, "fp16": 2**-11, "fp8_block": 2**-4, "int8": 2**-7}[format]
     assert (got - expected).norm() <= unit * expected.norm()
-    assert (got - expected).abs().max() <= 2 * unit * expected.abs().max()
+    assert (got - expected).abs().max() <= 4 * unit * expected.abs().max()
 
 
 @pytest.mark.parametrize("format", GEMM_FORMATS)

@@ -1,31 +1,26 @@
 """Runs the portable Triton kernels on CPU tensors, in Triton's interpreter.
 
-The interpreter is chosen when a kernel's module is imported and registered when torch_moe_ops is, so these tests need a
-process of their own: `pytest tests/triton`. In a process that is already past that point they are skipped.
+The interpreter is chosen once a process, before torch_moe_ops is imported: `TRITON_INTERPRET=1 pytest tests/triton`.
+Anywhere else test_in_interpreter.py starts that process, and the other tests of this folder are skipped.
 """
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-if not {"torch_moe_ops", "triton"} & sys.modules.keys():
-    os.environ["TRITON_INTERPRET"] = "1"
 
-
-def _why_skipped() -> str | None:
+def _why_skipped(item: pytest.Item) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs the triton package"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return "needs a process of its own, which starts in Triton's interpreter: pytest tests/triton"
+    is_starter = item.path.name == "test_in_interpreter.py"
+    if is_starter == (os.environ.get("TRITON_INTERPRET") == "1"):
+        return "already in the interpreter" if is_starter else "runs in test_in_interpreter.py's process"
     return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = _why_skipped()
-    here = Path(__file__).parent
     for item in items:
-        if reason and here in item.path.parents:
+        if Path(__file__).parent in item.path.parents and (reason := _why_skipped(item)):
             item.add_marker(pytest.mark.skip(reason=reason))

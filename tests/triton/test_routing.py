@@ -21,11 +21,13 @@ def choose(choice: list[float], num_groups: int, topk_groups: int, top_k: int) -
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("num_experts, groups, top_k", [(12, (3, 2), 4), (12, (1, 1), 3), (8, (1, 1), 8), (20, (4, 1), 2)])
+@pytest.mark.parametrize(
+    "num_experts, groups, top_k", [(12, (3, 2), 4), (12, (1, 1), 3), (8, (1, 1), 8), (20, (4, 1), 2)]
+)
 def test_topk(scoring, dtype, num_experts, groups, top_k):
     num_groups, topk_groups = groups
     generator = torch.Generator().manual_seed(num_experts)
-    # Multiples of 1/4 and a coarse bias: many exact ties, and choices that otherwise differ by far more than a rounding.
+    # Multiples of 1/4 and a coarse bias: many exact ties, and choices that else differ by far more than a rounding.
     logits = (torch.randint(-8, 8, (5, num_experts), generator=generator) / 4).to(dtype)
     bias = torch.randint(-1, 2, (num_experts,), generator=generator).float() if scoring == "sigmoid" else None
     for renormalize in (True, False):
@@ -34,7 +36,7 @@ def test_topk(scoring, dtype, num_experts, groups, top_k):
             renormalize=renormalize, routed_scaling_factor=2.5,
         )  # fmt: skip
         scores = logits.double().softmax(-1) if scoring == "softmax" else logits.double().sigmoid()
-        # Ties in the float32 choice are ties of equal logits and biases; 1e-9 steps keep them ties here.
+        # Choices that are not exact ties differ by more than 2^-20, so rounding to it leaves their order alone.
         choice = (scores + (0 if bias is None else bias)).mul(2**20).round()
         for token in range(len(logits)):
             expected_ids = choose(choice[token].tolist(), num_groups, topk_groups, top_k)
@@ -52,6 +54,8 @@ def test_topk_ranks_nan_last_and_weighs_it_zero():
     assert ids.tolist() == [[1, 2, 0], [0, 1, 2]]
     torch.testing.assert_close(weights[0], torch.tensor([math.e / (math.e + 1), 1 / (math.e + 1), 0.0]))
     assert weights[1].tolist() == [0.0, 0.0, 0.0]
+    grouped = torch.tensor([[0.0, 0.0, 0.0, 9.0, nan, 8.0]])  # last in its group, still before the group that lost
+    assert ops.topk.triton(grouped, 3, num_groups=2, topk_groups=1)[1].tolist() == [[3, 5, 4]]
 
 
 def sort_by_loop(topk_ids, num_experts, expert_map, alignment):

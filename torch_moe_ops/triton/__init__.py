@@ -1,1 +1,4 @@
-"""The portable backend: one Triton module per op, for every GPU that Triton knows, and for CPU tensors under TRITON_INTERPRET=1."""
+"""The portable backend: one Triton module per op, for every GPU that Triton knows.
+
+CPU tensors run in Triton's interpreter, for tests, where TRITON_INTERPRET=1 was set before the import.
+"""

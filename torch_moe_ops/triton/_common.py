@@ -1,10 +1,12 @@
 """What the portable kernels share: number encodings, the block quantiser, and small launch helpers.
 
-Encodings are written in integer arithmetic instead of Triton casts, for two reasons: the fp8 conversion instructions exist only from sm_89 on,
-and Triton's CPU interpreter neither rounds to nearest even nor widens denormals right. So the same lines give the same bits on every GPU and in the interpreter.
+Encodings are written in integer arithmetic instead of Triton casts, for two reasons: the fp8 conversion instructions
+exist only from sm_89 on, and Triton's CPU interpreter neither rounds to nearest even nor widens denormals right. So the
+same lines give the same bits on every GPU and in the interpreter.
 
-`quantize_blocks` maps x float32 [BLOCKS, BLOCK] (one row of a matrix, BLOCK values per scale) to values [BLOCKS, BLOCK / pack] and scale [BLOCKS],
-bit for bit as torch_moe_ops.formats does. Kernels that call it are launched with `EXACT`: a fused multiply-add would round once instead of twice.
+`quantize_blocks` maps x float32 [BLOCKS, BLOCK] (one row of a matrix, BLOCK values per scale) to values
+[BLOCKS, BLOCK / pack] and scale [BLOCKS], bit for bit as torch_moe_ops.formats does. Kernels that call it are launched
+with `EXACT`: a fused multiply-add would round once instead of twice.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ ROUND_MAGIC = tl.constexpr(12582912.0)
 E4M3_DENORMAL_MAGIC = tl.constexpr(16384.0)
 
 
-# ---- host side --------------------------------------------------------------------------------------------------------------------------------
+# ---- host side -------------------------------------------------------------------------------------------------------
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -47,7 +49,7 @@ def as_stored(tensor: Tensor | None) -> Tensor | None:
 
 
 def row_tile(fmt: Format, k: int) -> dict[str, int]:
-    """How a row of k values is cut: BLOCKS scale blocks of BLOCK values to a program (all of it where one scale covers the row)."""
+    """How a row of k values is cut: BLOCKS scale blocks of BLOCK values to a program (one where a row has one)."""
     block = fmt.act_block[1] if fmt.has_scale else 1
     if block is None:
         return {"BLOCKS": 1, "BLOCK": triton.next_power_of_2(k)}
@@ -56,7 +58,7 @@ def row_tile(fmt: Format, k: int) -> dict[str, int]:
 
 
 def expert_bound(global_scale: Tensor | None, expert_offsets: Tensor | None) -> tuple[int, int]:
-    """(num_experts, EXPERTS): EXPERTS, num_experts rounded up to a power of two, is 0 unless each expert has its own global scale."""
+    """(num_experts, EXPERTS = the next power of two), both 0 unless each expert has its own global scale."""
     if global_scale is None or global_scale.numel() == 1 or expert_offsets is None:
         return 0, 0
     return global_scale.numel(), triton.next_power_of_2(global_scale.numel())
@@ -67,7 +69,7 @@ def row_warps(tile: dict[str, int]) -> int:
     return min(16, max(1, tile["BLOCKS"] * tile["BLOCK"] // 512))
 
 
-# ---- number encodings -------------------------------------------------------------------------------------------------------------------------
+# ---- number encodings ------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -116,7 +118,7 @@ def decode_e4m3(code):
 
 @triton.jit
 def encode_e2m1(x):
-    """float32 -> e2m1 code: index of the nearest of 0, .5, 1, 1.5, 2, 3, 4, 6, ties to the even index, saturating; NaN gives +6."""
+    """float32 -> e2m1 code, the index of the nearest of 0, .5, 1, 1.5, 2, 3, 4, 6; ties to even, NaN gives +6."""
     m = tl.abs(x)
     code = (m > 0.25).to(tl.int32) + (m >= 0.75).to(tl.int32) + (m > 1.25).to(tl.int32) + (m >= 1.75).to(tl.int32)
     code += (m > 2.5).to(tl.int32) + (m >= 3.5).to(tl.int32) + (m > 5.0).to(tl.int32)
@@ -131,7 +133,7 @@ def encode_int8(x):
     return ((clamped + ROUND_MAGIC) - ROUND_MAGIC).to(tl.int8)
 
 
-# ---- block quantiser --------------------------------------------------------------------------------------------------------------------------
+# ---- block quantiser -------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -158,7 +160,7 @@ def block_scale(amax, global_scale, FORMAT: tl.constexpr):
 
 @triton.jit
 def quantize_blocks(x, global_scale, FORMAT: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """x float32 [BLOCKS, BLOCK] -> (values [BLOCKS, BLOCK / pack], scale [BLOCKS]) as stored. bf16 and fp16 return a scale to ignore."""
+    """x float32 [BLOCKS, BLOCK] -> values [BLOCKS, BLOCK / pack], scale [BLOCKS] (to ignore for bf16 and fp16)."""
     if FORMAT == "bf16":
         return round_to(x, tl.bfloat16), tl.zeros([BLOCKS], tl.float32)
     elif FORMAT == "fp16":

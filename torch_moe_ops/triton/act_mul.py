@@ -1,6 +1,7 @@
 """act = quantize(activation(gate, up)) for the rows below expert_offsets[-1], in float32.
 
-gate_up [P, 2I] (gated; gate and up by `layout`) or [P, I] (`*_no_mul`) -> act [P, I / pack], act_scale [P, scale columns] (MN-major for fp8_block).
+gate_up [P, 2I] (gated; gate and up by `layout`) or [P, I] (`*_no_mul`) -> act [P, I / pack],
+act_scale [P, scale columns] (MN-major for fp8_block).
     silu: (up + beta) * gate * sigmoid(alpha * gate), with gate <= limit and |up| <= limit
     gelu: gelu_erf(gate) * up    gelu_tanh: gelu_tanh(gate) * up    relu: max(gate, 0) * up
     swiglustep: min(silu(gate), limit) * clamp(up, -limit, limit)
@@ -73,7 +74,7 @@ def _activate(gate, up, alpha, beta, limit, ACTIVATION: tl.constexpr):
         return gate * _sigmoid(gate)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_scale_k"])  # of an MN-major scale: it changes with the number of rows
 def _act_mul_kernel(
     gate_up_ptr, expert_offsets_ptr, global_scale_ptr, act_ptr, act_scale_ptr, alpha, beta, limit,
     width, intermediate, num_experts, stride_scale_row, stride_scale_k,
@@ -101,8 +102,9 @@ def _act_mul_kernel(
     # Columns past the end hold activation(0, 0) = 0, which leaves the last block's amax alone.
     values, scale = quantize_blocks(y, global_scale, FORMAT, BLOCKS, BLOCK)
     store_blocks(
-        values, scale, act_ptr, act_scale_ptr, row, chunk, intermediate, stride_scale_row, stride_scale_k, FORMAT, BLOCKS, BLOCK
-    )
+        values, scale, act_ptr, act_scale_ptr, row, chunk, intermediate, stride_scale_row, stride_scale_k,
+        FORMAT, BLOCKS, BLOCK,
+    )  # fmt: skip
 
 
 def act_mul(
@@ -131,7 +133,8 @@ def act_mul(
     with on_device(gate_up):
         _act_mul_kernel[grid](
             gate_up, expert_offsets, global_scale, as_stored(act), as_stored(act_scale),
-            alpha, beta, float("inf") if limit is None else limit, width, intermediate, expert_offsets.numel() - 1, *act_scale.stride(),
+            alpha, beta, float("inf") if limit is None else limit,
+            width, intermediate, expert_offsets.numel() - 1, *act_scale.stride(),
             ACTIVATION=activation, LAYOUT=layout if is_gated else "none", EXPERTS=experts, FORMAT=format, **tile,
             num_warps=row_warps(tile), **EXACT,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """out[t] = routed_scaling_factor * sum over k, in order, of topk_weights[t, k] * expert_out[slot_to_row[t, k]].
 
-expert_out [P, H], slot_to_row int32 [T, K] (-1: skipped, -2: the output row is NaN), topk_weights float32 [T, K], out [T, H].
-Every product and sum is rounded to float32 on its own, in slot order: the result depends on this token alone.
+expert_out [P, H], slot_to_row int32 [T, K] (-1: skipped, -2: the output row is NaN), topk_weights float32 [T, K],
+out [T, H]. Every product and sum is rounded to float32 on its own, in slot order: a result depends on its token alone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ def finalize(
     out = torch.empty((num_tokens, hidden), dtype=out_dtype, device=expert_out.device)
     if out.numel() == 0:
         return out
-    
     with on_device(expert_out):
         _finalize_kernel[(num_tokens, triton.cdiv(hidden, COLUMNS))](
             expert_out, slot_to_row, topk_weights, out, routed_scaling_factor, hidden,

@@ -1,6 +1,7 @@
-"""out[t] = sum over k of topk_weights[t, k] * w2[e] @ activation(w13[e] @ hidden_states[t]), e = topk_ids[t, k]: the stages, one after another.
+"""out[t] = sum over k of topk_weights[t, k] * w2[e] @ activation(w13[e] @ hidden_states[t]), e = topk_ids[t, k].
 
-sort_slots -> permute(act_format) -> grouped_gemm(w13) -> act_mul(act_format) -> grouped_gemm(w2) -> finalize; hidden_states and out [T, H].
+hidden_states and out [T, H]. The stages, one after another:
+sort_slots -> permute(act_format) -> grouped_gemm(w13) -> act_mul(act_format) -> grouped_gemm(w2) -> finalize.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def fused_moe(
     parts = 2 if get_activation("fused_moe", activation).gated else 1
 
     expert_offsets, slot_to_row, row_to_slot = sort_slots(topk_ids, w13.shape[0], expert_map=expert_map)
-    a, a_scale = permute(hidden_states, slot_to_row, row_to_slot.shape[0], format=act_format, topk_weights=input_weights)
+    a, a_scale = permute(
+        hidden_states, slot_to_row, row_to_slot.shape[0], format=act_format, topk_weights=input_weights
+    )
     gate_up = grouped_gemm(
         a, w13, expert_offsets, a_scale=a_scale, b_scale=w13_scale, bias=w13_bias, b_parts=parts, **gemm
     )  # [P, 2I]
@@ -56,7 +59,7 @@ def fused_moe(
         gate_up, expert_offsets,
         activation=activation, alpha=alpha, beta=beta, limit=limit, layout=w13_layout, format=act_format,
     )  # fmt: skip
-    expert_out = grouped_gemm(act, w2, expert_offsets, a_scale=act_scale, b_scale=w2_scale, bias=w2_bias, **gemm)  # [P, H]
-    return finalize(
-        expert_out, slot_to_row, topk_weights=output_weights, routed_scaling_factor=routed_scaling_factor
-    )
+    expert_out = grouped_gemm(
+        act, w2, expert_offsets, a_scale=act_scale, b_scale=w2_scale, bias=w2_bias, **gemm
+    )  # [P, H]
+    return finalize(expert_out, slot_to_row, topk_weights=output_weights, routed_scaling_factor=routed_scaling_factor)

@@ -1,14 +1,16 @@
-"""out[r, n] = sum over k of a[r, k] * b[e, n, k] (+ bias[e, n]) for rows r in [expert_offsets[e], expert_offsets[e + 1]).
+"""out[r, n] = sum over k of a[r, k] * b[e, n, k] (+ bias[e, n]) for r in [expert_offsets[e], expert_offsets[e + 1]).
 
-a [P, K] and b [E, N, K] row-major, out [P, N] in bfloat16, float16 or float32; b may be b_parts equally tall matrices on top of each other.
+a [P, K] and b [E, N, K] row-major, out [P, N] in bfloat16, float16 or float32; b may be b_parts equally tall matrices
+on top of each other.
     bf16, fp16   float32 accumulation over all of K
     fp8_block    a_scale [P, ceil(K/128)], b_scale [E, b_parts * ceil(N/b_parts/128), ceil(K/128)], any strides:
                  total = total + (sum over a 128-block of K) * (a_scale * b_scale), in K order
     int8         int32 accumulation, then * a_scale [P, 1] * b_scale [E, N, 1]
 fp8_block and int8 weights also take bf16 and fp16 activations, which have no scale.
 
-The grid covers the most tiles that P rows can make; which expert a tile belongs to is found on the device. K is never split and always walked
-in the same steps by the same kind of instruction, so a row's result does not depend on the other rows.
+The grid covers the most tiles that P rows can make; which expert a tile belongs to is found on the device. K is never
+split and always walked in the same steps by the same kind of instruction, so a row's result does not depend on the
+other rows.
 """
 
 from __future__ import annotations
@@ -24,6 +26,11 @@ from torch_moe_ops.triton._common import as_stored, decode_e4m3, on_device, roun
 # Tiles of rows that walk the columns together, so that they share b's tiles in L2.
 TILES_PER_GROUP = 8
 SCALE_BLOCK = tl.constexpr(128)
+# The fastest tiles of those measured on an H200: for many rows, for few, and for few with less shared memory.
+TILES = tuple(
+    {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+    for block_m, block_n, num_warps, num_stages in ((128, 256, 8, 3), (64, 128, 4, 4), (64, 128, 4, 3), (64, 128, 4, 2))
+)
 FORMATS_TAKEN = ("bf16", "fp16", "int8", "fp8_block")
 TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -57,7 +64,7 @@ def _operand(x, DOT: tl.constexpr):
 def _accumulate(
     a_ptrs, b_ptrs, a_scale_ptrs, b_scale_ptrs, stride_a_scale_k, stride_b_scale_k,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SCALING: tl.constexpr, DOT: tl.constexpr,
+    SCALING: tl.constexpr, UNIFORM: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Sum over k [BLOCK_M, BLOCK_N], with block scales applied; int32 when both sides are int8."""
     ACC: tl.constexpr = tl.int32 if DOT == tl.int8 else tl.float32
@@ -71,7 +78,8 @@ def _accumulate(
             a, b = tl.load(a_ptrs, mask=inside[None, :], other=0), tl.load(b_ptrs, mask=inside[:, None], other=0)
         a, b = _operand(a, DOT), _operand(b, DOT)
         if SCALING == "block":
-            scale = tl.load(b_scale_ptrs)[None, :]
+            # One b_scale for all columns of the tile keeps the product a vector of BLOCK_M.
+            scale = tl.load(b_scale_ptrs) if UNIFORM else tl.load(b_scale_ptrs)[None, :]
             if a_scale_ptrs is not None:
                 scale = tl.load(a_scale_ptrs)[:, None] * scale
                 a_scale_ptrs += stride_a_scale_k
@@ -84,12 +92,13 @@ def _accumulate(
     return total
 
 
-@triton.jit
+# Not specialised on what changes from batch to batch: the number of tiles, and the stride of an MN-major a_scale.
+@triton.jit(do_not_specialize=["tiles_m", "stride_a_scale_k"])
 def _grouped_gemm_kernel(
     a_ptr, b_ptr, out_ptr, expert_offsets_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, n, part_n, num_experts, tiles_m,
     stride_a_scale_row, stride_a_scale_k, stride_b_scale_expert, stride_b_scale_row, stride_b_scale_k,
     K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILES_PER_GROUP: tl.constexpr, SCALING: tl.constexpr, DOT: tl.constexpr,
+    TILES_PER_GROUP: tl.constexpr, SCALING: tl.constexpr, UNIFORM: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(n, BLOCK_N)
     group = tl.program_id(0) // (TILES_PER_GROUP * tiles_n)
@@ -113,11 +122,12 @@ def _grouped_gemm_kernel(
     if SCALING != "none":
         scale_rows = safe_cols
         if SCALING == "block":
-            scale_rows = safe_cols // part_n * tl.cdiv(part_n, SCALE_BLOCK) + safe_cols % part_n // SCALE_BLOCK
+            scale_cols = tile_n * BLOCK_N if UNIFORM else safe_cols
+            scale_rows = scale_cols // part_n * tl.cdiv(part_n, SCALE_BLOCK) + scale_cols % part_n // SCALE_BLOCK
         b_scale_ptrs = b_scale_ptr + expert * stride_b_scale_expert + scale_rows.to(tl.int64) * stride_b_scale_row
     out = _accumulate(
         a_ptrs, b_ptrs, a_scale_ptrs, b_scale_ptrs, stride_a_scale_k, stride_b_scale_k,
-        K, BLOCK_M, BLOCK_N, BLOCK_K, SCALING, DOT,
+        K, BLOCK_M, BLOCK_N, BLOCK_K, SCALING, UNIFORM, DOT,
     ).to(tl.float32)  # fmt: skip
     if SCALING == "row":
         scale = tl.load(b_scale_ptrs)[None, :]
@@ -131,7 +141,10 @@ def _grouped_gemm_kernel(
 
 
 def _dot_dtype(a: Tensor) -> tl.dtype:
-    """What both operands become in front of tl.dot. Without fp8 tensor cores (below sm_89) e4m3 is widened to float16, which is exact."""
+    """What both operands become in front of tl.dot.
+
+    Without fp8 tensor cores (below sm_89) e4m3 is widened to float16, which is exact.
+    """
     if a.dtype == torch.int8:
         return tl.int8
     if not a.is_cuda:
@@ -141,26 +154,34 @@ def _dot_dtype(a: Tensor) -> tl.dtype:
     return TRITON_DTYPE[a.dtype]
 
 
-def _tile(a: Tensor, b: Tensor, num_experts: int, dot: tl.dtype) -> dict[str, int]:
-    """BLOCK_*, warps and stages: a pure function of shapes, dtypes and the GPU's shared memory.
+def _tile(a: Tensor, b: Tensor, num_experts: int, dot: tl.dtype, scaling: str) -> dict[str, int]:
+    """The first of TILES that suits and fits: a pure function of shapes, dtypes and the GPU's shared memory.
 
-    64 rows are the fewest: few rows are bound by reading b, whatever their tile, and a Hopper tensor-core instruction takes 64, so that all
-    batches use the same one. BLOCK_K never depends on the batch: it is one fp8_block scale, or 128 bytes of a.
+    64 rows are the fewest: few rows are bound by reading b, whatever their tile, and a Hopper tensor-core instruction
+    takes 64, so that all batches use the same one. Block scales keep a second accumulator, for which the large tile has
+    no registers. BLOCK_K never depends on the batch: it is one fp8_block scale, or 128 bytes of a.
     """
-    block_m = 64 if a.shape[0] <= 64 * num_experts else 128
-    block_n = 128
-    block_k = 64 if a.element_size() == 2 and b.element_size() == 2 else 128
-    stage_bytes = block_k * (block_m * a.element_size() + block_n * b.element_size())
-    widened_bytes = 0 if b.element_size() * 8 == dot.primitive_bitwidth else block_k * (block_m + block_n) * 2
-    shared = torch.cuda.get_device_properties(a.device).shared_memory_per_block_optin if a.is_cuda else stage_bytes
-    num_stages = max(2, min(4, (shared - widened_bytes) // stage_bytes))
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": block_m // 16, "num_stages": num_stages}
+    a_bytes, b_bytes, dot_bytes = a.element_size(), b.element_size(), dot.primitive_bitwidth // 8
+    block_k = 64 if (a_bytes, b_bytes) == (2, 2) else 128
+    shared = torch.cuda.get_device_properties(a.device).shared_memory_per_block_optin if a.is_cuda else 0
+
+    def fits(tile: dict[str, int]) -> bool:
+        block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
+        needed = tile["num_stages"] * block_k * (block_m * a_bytes + block_n * b_bytes)
+        if b_bytes != dot_bytes:  # widened operands may pass through shared memory once more
+            needed += block_k * (block_m + block_n) * dot_bytes
+        return needed <= shared
+
+    is_small = scaling == "block" or a.shape[0] <= 64 * num_experts
+    tile = next(filter(fits, TILES[1 if is_small else 0 :]), TILES[-1])
+    return {"BLOCK_K": block_k, **tile}
 
 
 def expect_taken(op: str, format: str) -> None:
     """The block-scaled formats with e8m0 or two-level scales have no portable GEMM."""
     if format not in FORMATS_TAKEN:
-        raise RuntimeError(f"{op}: format: expected one of {', '.join(FORMATS_TAKEN)} on the triton backend, got {format}")
+        expected = f"one of {', '.join(FORMATS_TAKEN)} on the triton backend"
+        raise RuntimeError(f"{op}: format: expected {expected}, got {format}")
 
 
 def grouped_gemm(
@@ -184,8 +205,8 @@ def grouped_gemm(
     if out.numel() == 0:
         return out
     dot = _dot_dtype(a)
-    tile = _tile(a, b, num_experts, dot)
     scaling = {"fp8_block": "block", "int8": "row"}.get(format, "none")
+    tile = _tile(a, b, num_experts, dot, scaling)
     has_a_scale = scaling != "none" and a_scale is not None and a_scale.numel() > 0
     a_strides = a_scale.stride() if has_a_scale else (0, 0)
     b_strides = (0, 0, 0) if scaling == "none" else b_scale.stride()
@@ -194,6 +215,7 @@ def grouped_gemm(
         _grouped_gemm_kernel[(tiles_m * triton.cdiv(n, tile["BLOCK_N"]),)](
             as_stored(a), as_stored(b), out, expert_offsets, a_scale if has_a_scale else None,
             None if scaling == "none" else b_scale, bias, n, n // b_parts, num_experts, tiles_m, *a_strides, *b_strides,
-            K=k, EXPERTS=triton.next_power_of_2(num_experts), TILES_PER_GROUP=TILES_PER_GROUP, SCALING=scaling, DOT=dot, **tile,
+            K=k, EXPERTS=triton.next_power_of_2(num_experts), TILES_PER_GROUP=TILES_PER_GROUP, SCALING=scaling,
+            UNIFORM=(n // b_parts) % tile["BLOCK_N"] == 0, DOT=dot, **tile,
         )  # fmt: skip
     return out

@@ -1,7 +1,8 @@
 """permuted[slot_to_row[t, k]] = quantize(hidden_states[t] * (topk_weights[t, k] if given)).
 
-hidden_states [T, H], slot_to_row int32 [T, K] (negative: no row) -> permuted [num_rows, H / pack], permuted_scale [num_rows, scale columns]
-(MN-major for fp8_block). A token is quantised once, unless its rows differ: by weight, or by their expert's global scale.
+hidden_states [T, H], slot_to_row int32 [T, K] (negative: no row) -> permuted [num_rows, H / pack],
+permuted_scale [num_rows, scale columns] (MN-major for fp8_block). A token is quantised once, unless its rows differ: by
+weight, or by their expert's global scale.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from torch_moe_ops.triton._common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_scale_k"])  # of an MN-major scale: it changes with the number of rows
 def _permute_kernel(
-    hidden_states_ptr, slot_to_row_ptr, topk_weights_ptr, global_scale_ptr, expert_offsets_ptr, permuted_ptr, permuted_scale_ptr,
-    hidden, num_experts, stride_scale_row, stride_scale_k,
+    hidden_states_ptr, slot_to_row_ptr, topk_weights_ptr, global_scale_ptr, expert_offsets_ptr,
+    permuted_ptr, permuted_scale_ptr, hidden, num_experts, stride_scale_row, stride_scale_k,
     TOP_K: tl.constexpr, EXPERTS: tl.constexpr, FORMAT: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -51,8 +52,8 @@ def _permute_kernel(
             else:
                 row_values, row_scale = values, scale
             store_blocks(
-                row_values, row_scale, permuted_ptr, permuted_scale_ptr, row, chunk, hidden, stride_scale_row, stride_scale_k,
-                FORMAT, BLOCKS, BLOCK,
+                row_values, row_scale, permuted_ptr, permuted_scale_ptr, row, chunk, hidden,
+                stride_scale_row, stride_scale_k, FORMAT, BLOCKS, BLOCK,
             )  # fmt: skip
 
 
@@ -75,7 +76,6 @@ def permute(
     num_experts, experts = expert_bound(global_scale, expert_offsets)
     tile = row_tile(fmt, hidden)
     grid = (num_tokens, triton.cdiv(hidden, tile["BLOCKS"] * tile["BLOCK"]))
-    
     with on_device(hidden_states):
         _permute_kernel[grid](
             hidden_states, slot_to_row, topk_weights, global_scale, expert_offsets,

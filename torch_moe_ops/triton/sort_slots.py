@@ -2,8 +2,8 @@
 
     slot_to_row[slot] = expert_offsets[e] + number of earlier slots of the same expert e
     expert_offsets[e + 1] = expert_offsets[e] + round_up(slots of e, alignment)
-topk_ids int32 [T, K]; -1 stays -1, an id or map entry out of range becomes -2. Three launches, no atomics, nothing read by the host:
-count each expert in each block of slots, scan the counts of each expert over the blocks, place every slot.
+topk_ids int32 [T, K]; -1 stays -1, an id or map entry out of range becomes -2. Three launches, no atomics, nothing read
+by the host: count each expert in each block of slots, scan the counts of each expert over the blocks, place every slot.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch_moe_ops.triton._common import on_device
 # Elements of the [BLOCK, EXPERTS] one-hot tile: 64 registers a thread at 8 warps.
 TILE_ELEMENTS = 16384
 MAX_BLOCK = 256
+# Arguments that change from batch to batch: a kernel compiled for one value must serve all.
+BATCH_SIZES = ["num_slots", "num_blocks"]
 
 
 @triton.jit
@@ -33,7 +35,7 @@ def _local_experts(topk_ids_ptr, expert_map_ptr, slots, num_slots, num_experts, 
     return tl.where(in_range, ids, -2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _count_kernel(
     topk_ids_ptr, expert_map_ptr, counts_ptr, num_slots, num_experts, map_size, num_blocks,
     BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
@@ -45,7 +47,7 @@ def _count_kernel(
     tl.store(counts_ptr + e.to(tl.int64) * num_blocks + block, counts, mask=e < num_experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _scan_kernel(counts_ptr, totals_ptr, num_blocks, NUM_BLOCKS: tl.constexpr):
     """Counts of one expert -> the same expert's slots in earlier blocks, and their total."""
     expert, block = tl.program_id(0), tl.arange(0, NUM_BLOCKS)
@@ -55,7 +57,7 @@ def _scan_kernel(counts_ptr, totals_ptr, num_blocks, NUM_BLOCKS: tl.constexpr):
     tl.store(totals_ptr + expert, tl.sum(counts, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def _place_kernel(
     topk_ids_ptr, expert_map_ptr, counts_ptr, totals_ptr, expert_offsets_ptr, slot_to_row_ptr, row_to_slot_ptr,
     num_slots, num_experts, map_size, num_blocks, alignment, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
@@ -88,7 +90,8 @@ def sort_slots(
     num_blocks = max(1, triton.cdiv(num_slots, block))
     counts = torch.empty((num_experts, num_blocks), **int32)
     totals = torch.empty(num_experts, **int32)
-    ids, sizes = (topk_ids, expert_map), (num_slots, num_experts, 0 if expert_map is None else expert_map.numel(), num_blocks)
+    map_size = 0 if expert_map is None else expert_map.numel()
+    ids, sizes = (topk_ids, expert_map), (num_slots, num_experts, map_size, num_blocks)
     with on_device(topk_ids):
         _count_kernel[(num_blocks,)](*ids, counts, *sizes, BLOCK=block, EXPERTS=experts, num_warps=8)
         _scan_kernel[(num_experts,)](counts, totals, num_blocks, NUM_BLOCKS=triton.next_power_of_2(num_blocks))

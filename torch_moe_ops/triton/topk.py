@@ -1,8 +1,9 @@
 """topk_ids[t] = the top_k largest of choice[t] = score[t] + correction_bias; topk_weights[t] = score[t, topk_ids[t]].
 
-router_logits [T, Eg] -> topk_weights float32 [T, K], topk_ids int32 [T, K], descending. score is the softmax or the sigmoid of the logits.
-With groups, only the topk_groups groups with the largest sum of their two largest choices take part. One program holds one token's experts as
-a tile [GROUPS, GROUP_SIZE]; each winner is the maximum of a 64-bit key whose low half makes ties go to the lower id.
+router_logits [T, Eg] -> topk_weights float32 [T, K], topk_ids int32 [T, K], descending; score is the softmax or the
+sigmoid of the logits. With groups, only the topk_groups groups with the largest sum of their two largest choices take
+part. One program holds one token's experts as a tile [GROUPS, GROUP_SIZE]; each winner is the maximum of a 64-bit key
+whose low half makes ties go to the lower id.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def _scores(logits, valid, SCORING: tl.constexpr):
 
 
 @triton.jit
-def _best_groups(choice, group, num_groups, TOPK_GROUPS: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr):
+def _best_groups(
+    choice, group, num_groups, TOPK_GROUPS: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr
+):  # fmt: skip
     """int1 [GROUPS]: the topk_groups groups whose two largest choices have the largest sum."""
     member = tl.arange(0, GROUP_SIZE)[None, :]
     first = tl.max(choice, axis=1)
@@ -84,7 +87,8 @@ def _topk_kernel(
     group_size = num_experts // num_groups
     expert = group[:, None] * group_size + member[None, :]
     valid = (group[:, None] < num_groups) & (member[None, :] < group_size)
-    logits = to_float32(tl.load(router_logits_ptr + token * num_experts + expert, mask=valid, other=float("-inf")))
+    logits_ptrs = router_logits_ptr + token * num_experts + expert
+    logits = to_float32(tl.load(logits_ptrs, mask=valid, other=float("-inf")))
     score = _scores(logits, valid, SCORING)
     choice = score
     if correction_bias_ptr is not None:
@@ -130,7 +134,8 @@ def topk(
             router_logits, correction_bias, topk_weights, topk_ids,
             num_experts, num_groups, routed_scaling_factor,
             SCORING=scoring, RENORMALIZE=renormalize, TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k),
-            TOPK_GROUPS=topk_groups, GROUPS=triton.next_power_of_2(num_groups), GROUP_SIZE=triton.next_power_of_2(num_experts // num_groups),
+            TOPK_GROUPS=topk_groups, GROUPS=triton.next_power_of_2(num_groups),
+            GROUP_SIZE=triton.next_power_of_2(num_experts // num_groups),
             num_warps=1 if num_experts <= 128 else 4, **EXACT,
         )  # fmt: skip
     return topk_weights, topk_ids
