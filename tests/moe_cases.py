@@ -28,6 +28,12 @@ class Call:
         """The same call with its first arguments and some options replaced."""
         return Call(*args, *self.args[len(args) :], **{**self.options, **changes})
 
+    def to(self, device: str) -> Call:
+        def move(value: object) -> object:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return Call(*map(move, self.args), **{name: move(value) for name, value in self.options.items()})
+
     def tensors(self) -> list[Tensor]:
         return [value for value in (*self.args, *self.options.values()) if isinstance(value, Tensor)]
 
