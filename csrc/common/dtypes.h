@@ -17,7 +17,6 @@ namespace moe {
 
 constexpr int kChunk = 8;
 
-
 // dispatch_dtype(dtype, [&]<typename T>() { ... }) for the three float types that activations come in.
 template <typename Function>
 cudaError_t dispatch_dtype(DType dtype, Function&& function) {

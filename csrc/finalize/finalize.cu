@@ -62,6 +62,7 @@ __global__ void __launch_bounds__(kMaxThreads) finalize_kernel(FinalizeArgs args
     const int row = exists ? args.slot_to_row[slot] : -1;
     const float weight = exists && args.topk_weights ? args.topk_weights[slot] : 1.f;
     const int count = min(kLanes, args.top_k - base);
+#pragma unroll 1
     for (int i = 0; i < count; i += sum.kRowsInFlight) sum.add(args, row, weight, i, chunk);
   }
 #pragma unroll
