@@ -131,6 +131,17 @@ def test_reasons(sm: int, facts: dict[str, object], reason: str) -> None:
     assert verdicts[f"cutlass_sm{sm}"] == reason
 
 
+def test_limits_of_the_stage_kernels() -> None:
+    limits = {
+        "takes at most 1024 experts, got 1025": problem("topk", num_experts=1025),
+        "takes at most 32 experts a token, got 33": problem("topk", top_k=33),
+        "takes at most 32 groups, got 64": problem("topk", num_groups=64),
+        "takes at most 1024 experts, got 2048": problem("sort_slots", num_experts=2048),
+    }
+    for reason, p in limits.items():
+        assert explain_problem(p).verdicts[0].reason == reason and select(p) == "triton"
+
+
 def test_a_gpu_never_runs_the_reference() -> None:
     for op in CANDIDATES:
         for sm in (70, 75, 80, 86, 90, 100, 120):

@@ -67,6 +67,7 @@ class Problem(NamedTuple):
     top_k: int | None = None
     out_dtype: torch.dtype | None = None
     bias_dtype: torch.dtype | None = None
+    num_groups: int = 1  # of topk
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,14 @@ def _triton(p: Problem) -> str | None:
 
 
 def _cuda(p: Problem) -> str | None:
-    return _not_on_gpu(p) or _needs_sm(p, range(80, 1000), "sm80 or later") or _not_built(p, "cuda")
+    return (
+        _not_on_gpu(p)
+        or _needs_sm(p, range(80, 1000), "sm80 or later")
+        or _not_built(p, "cuda")
+        or (_at_most("experts", p.num_experts, 1024) if p.op in ("topk", "sort_slots") else None)
+        or (_at_most("experts a token", p.top_k, 32) if p.op == "topk" else None)
+        or _at_most("groups", p.num_groups, 32)
+    )
 
 
 def _cutlass_sm80(p: Problem) -> str | None:
@@ -131,9 +139,7 @@ def _cutlass_sm80(p: Problem) -> str | None:
 
 
 def _cutlass_sm90(p: Problem) -> str | None:
-    if p.num_experts and p.num_experts > 1024:
-        return f"takes at most 1024 experts, got {p.num_experts}"
-    return _cutlass(p, "cutlass_sm90", (90,), "sm90")
+    return _cutlass(p, "cutlass_sm90", (90,), "sm90") or _at_most("experts", p.num_experts, 1024)
 
 
 def _cutlass_sm100(p: Problem) -> str | None:
@@ -175,6 +181,10 @@ def _not_built(p: Problem, backend: str, reason: str = "this build has no such C
 
 def _needs_sm(p: Problem, sms: range | tuple[int, ...], text: str) -> str | None:
     return None if p.sm in sms else f"needs {text}, got sm{p.sm}"
+
+
+def _at_most(what: str, value: int | None, limit: int) -> str | None:
+    return f"takes at most {limit} {what}, got {value}" if value and value > limit else None
 
 
 def _needs_format(p: Problem, backend: str, weight_only: bool = False) -> str | None:

@@ -10,8 +10,8 @@ int num_groups=1, int topk_groups=1, bool renormalize=True, float routed_scaling
 -> (Tensor topk_weights, Tensor topk_ids)"""
 
 
-def facts(router_logits: Tensor, top_k: int, **_: object) -> dict[str, object]:
-    return {"num_experts": router_logits.shape[1], "top_k": top_k}
+def facts(router_logits: Tensor, top_k: int, *, num_groups: int = 1, **_: object) -> dict[str, object]:
+    return {"num_experts": router_logits.shape[1], "top_k": top_k, "num_groups": num_groups}
 
 
 def topk(
