@@ -205,6 +205,11 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
   }
 }
 
+// Registers a thread, moved from producers to consumers. The three warpgroups start with 168 each and share exactly that:
+// asking for more waits for ever.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168);
+
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) grouped_gemm_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ uint8_t raw[];
@@ -221,13 +226,13 @@ __global__ void __launch_bounds__(C::kThreads, 1) grouped_gemm_kernel(const __gr
   count_tiles<C>(p, smem);  // its barriers also publish the mbarriers
   pdl_launch_next();
   if (threadIdx.x >= C::kConsumers) {
-    if constexpr (C::kRebalanceRegisters) cutlass::arch::warpgroup_reg_dealloc<48>();
+    if constexpr (C::kRebalanceRegisters) cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
     const int warp = (threadIdx.x - C::kConsumers) / 32;
     if (warp == 0) load_tiles<C>(p, smem);
     if constexpr (C::kFloat8)
       if (warp != 0) load_scales<C>(p, smem, warp - 1);
   } else {
-    if constexpr (C::kRebalanceRegisters) cutlass::arch::warpgroup_reg_alloc<232>();
+    if constexpr (C::kRebalanceRegisters) cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
     consume<C>(p, smem);
   }
 }

@@ -234,16 +234,18 @@ __device__ void load_scales(const KernelParams& p, const Smem<C>& smem, int turn
       const int32_t block = part * blocks_per_part + min(row / 128, blocks_per_part - 1);
       b_scale[w] = p.b_scale.data + tile.expert * p.b_scale.stride_group + block * p.b_scale.stride_row;
     }
+    const float* a_scale = p.a_scale.data + (tile.token + lane) * p.a_scale.stride_row;
     for (int kb = 0; kb < p.k_blocks; ++kb, pipe.advance()) {
       turn = turn == 0 ? 2 : turn - 1;
-      if (turn != 2) continue;
+      if (turn != 2) {
+        a_scale += p.a_scale.stride_k;
+        continue;
+      }
       float a[(C::kMaxTokens + 31) / 32], b[C::kWaves];
 #pragma unroll
-      for (int i = 0; i < (C::kMaxTokens + 31) / 32; ++i) {
-        const int token = lane + 32 * i;
-        const int64_t row = min(tile.token + token, p.num_rows - 1);
-        if (token < (1 << tile.size)) a[i] = __ldg(p.a_scale.data + row * p.a_scale.stride_row + kb * p.a_scale.stride_k);
-      }
+      for (int i = 0; i < (C::kMaxTokens + 31) / 32; ++i)
+        a[i] = lane + 32 * i < tile.valid_tokens ? __ldg(a_scale + 32 * i * p.a_scale.stride_row) : 0.f;
+      a_scale += p.a_scale.stride_k;
 #pragma unroll
       for (int w = 0; w < C::kWaves; ++w) b[w] = __ldg(b_scale[w] + kb * p.b_scale.stride_k);
       smem.empty[pipe.stage].wait(pipe.phase ^ 1);
