@@ -19,22 +19,21 @@ constexpr int kChunksPerThread = 2;  // pairs of 16-byte loads in flight
 // Thread blocks of the fixed grid: 8 resident ones for each of up to 160 SMs.
 constexpr int64_t kMaxBlocks = 8 * 160;
 
-// The inputs of 8 outputs, as loaded; `second` is unused without a gate.
+// The inputs of 8 outputs, as loaded; `second` is zero without a gate.
 template <typename T>
 struct ChunkPair {
   Chunk<T> first, second;
 };
 
+// Two loads on every path, with no branch around them, so that the pairs of a thread are all in flight together.
 template <typename T>
 __device__ __forceinline__ ChunkPair<T> load_pair(const ActMulArgs& args, int64_t row, int64_t chunk, bool vectorized) {
-  const int64_t k = args.out.k;
-  const T* base = static_cast<const T*>(args.gate_up);
-  if (!is_gated(args.activation.kind)) return {load_chunk(base + row * k, chunk, k, vectorized), {}};
-  base += row * 2 * k;
-  if (args.layout == GateUpLayout::interleaved) {
-    return {load_chunk(base, 2 * chunk, 2 * k, vectorized), load_chunk(base, 2 * chunk + 1, 2 * k, vectorized)};
-  }
-  return {load_chunk(base, chunk, k, vectorized), load_chunk(base + k, chunk, k, vectorized)};
+  const bool gated = is_gated(args.activation.kind), interleaved = gated && args.layout == GateUpLayout::interleaved;
+  const int64_t k = interleaved ? 2 * args.out.k : args.out.k;  // of the row that each load is from
+  const T* first = static_cast<const T*>(args.gate_up) + row * (gated ? 2 * args.out.k : args.out.k);
+  const T* second = interleaved ? first : first + k;
+  return {load_chunk(first, interleaved ? 2 * chunk : chunk, k, vectorized),
+          load_chunk(second, interleaved ? 2 * chunk + 1 : chunk, gated ? k : 0, vectorized)};
 }
 
 // Undoes the layout: 8 gates and 8 ups.

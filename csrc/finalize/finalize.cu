@@ -34,7 +34,7 @@ struct Sum {
       present[i] = row >= 0 && row < args.num_rows;
       invalid |= !present[i] && row != -1;
       const T* source = static_cast<const T*>(args.expert_out) + row * args.hidden_size;
-      if (present[i]) chunks[i] = load_chunk(source, chunk, args.hidden_size, kVectorized);
+      chunks[i] = load_chunk(source, chunk, present[i] ? args.hidden_size : 0, kVectorized);
     }
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {

@@ -38,23 +38,22 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// The logits of this lane; NaN past the last expert.
+// x = row[first, first + kPerLane) as float32, NaN past the last expert.
 template <typename T, int kPerLane>
-__device__ __forceinline__ void load_logits(const T* row, int first, int num_experts, bool vectorized,
-                                            float (&logits)[kPerLane]) {
-  constexpr int kAlignment = kPerLane * sizeof(T) < 16 ? kPerLane * sizeof(T) : 16;
-  struct alignas(kAlignment) Vector {
+__device__ __forceinline__ void load(const T* row, int first, int num_experts, bool vectorized, float (&x)[kPerLane]) {
+  struct alignas(std::min<size_t>(16, kPerLane * sizeof(T))) Vector {
     T x[kPerLane];
   };
   if (vectorized && first + kPerLane <= num_experts) {
     const Vector vector = *reinterpret_cast<const Vector*>(row + first);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) logits[i] = to_float(vector.x[i]);
+    for (int i = 0; i < kPerLane; ++i) x[i] = to_float(vector.x[i]);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i)
-    logits[i] = first + i < num_experts ? to_float(row[first + i]) : __int_as_float(0x7fffffff);
+  for (int i = 0; i < kPerLane; ++i) {
+    x[i] = first + i < num_experts ? to_float(row[first + i]) : __int_as_float(0x7fffffff);
+  }
 }
 
 // score(logit) of one token. A NaN logit counts for nothing in the softmax of the others, and a score that is not a
@@ -167,14 +166,13 @@ __global__ void __launch_bounds__(kWarps* kLanes) topk_kernel(TopkArgs args, boo
   if (token >= args.num_tokens) return;
   const T* row = static_cast<const T*>(args.router_logits) + token * args.num_experts;
   float choices[kPerLane];
-  load_logits<T, kPerLane>(row, first, args.num_experts, vectorized, choices);
+  load<T, kPerLane>(row, first, args.num_experts, vectorized, choices);
+  float bias[kPerLane] = {};
+  if (args.correction_bias) load<float, kPerLane>(args.correction_bias, first, args.num_experts, vectorized, bias);
   const Scoring score(args.sigmoid, choices);
-  const float* bias = args.correction_bias;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    float choice = score(choices[i]);
-    if (bias && first + i < args.num_experts) choice = __fadd_rn(choice, bias[first + i]);
-    choices[i] = isnan(choices[i]) ? negative_infinity() : choice;
+    choices[i] = isnan(choices[i]) ? negative_infinity() : __fadd_rn(score(choices[i]), bias[i]);
   }
   unsigned stay = kAllLanes;
   if (args.num_groups > 1) {
@@ -221,7 +219,8 @@ cudaError_t topk(const TopkArgs& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(args.num_tokens, kWarps)));
   return dispatch_dtype(args.dtype, [&]<typename T>() {
     return dispatch_per_lane(args.num_experts, [&]<int kPerLane>() {
-      const bool vectorized = args.num_experts % kPerLane == 0 && aligned_16(args.router_logits);
+      const bool vectorized =
+          args.num_experts % kPerLane == 0 && aligned_16(args.router_logits) && aligned_16(args.correction_bias);
       return launch(topk_kernel<T, kPerLane>, grid, dim3(kWarps * kLanes), 0, stream, args, vectorized);
     });
   });
