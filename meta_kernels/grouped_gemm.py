@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..formats import FORMATS, Format, get_format
 from ._check import (
+    BF16_FP16,
     FLOAT32,
     FLOATS,
     INT32,
@@ -33,7 +34,7 @@ def check(
     format: str = "bf16",
     act_format: str = "",
     b_parts: int = 1,
-    out_dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype | None = None,
 ) -> None:
     op, device = "grouped_gemm", a.device
     b_format, a_format = check_formats(op, format, act_format)
@@ -49,12 +50,21 @@ def check(
         shape = a_format.act_scale_shape(num_rows, k)
         expect_tensor(op, "a_scale", a_scale, storage_dtypes(a_format.scale_dtype), shape, device, contiguous=False)
     check_global_scale(op, "a_global_scale", a_format, a_global_scale, num_experts, device)
-    expect_choice(op, "out_dtype", out_dtype, FLOATS)
+    expect_choice(op, "out_dtype", output_dtype(a.dtype, out_dtype), FLOATS)
 
 
-def fake(a: Tensor, b: Tensor, expert_offsets: Tensor, **options: object) -> Tensor:
-    check(a, b, expert_offsets, **options)
-    return torch.empty((a.shape[0], b.shape[1]), dtype=options.get("out_dtype", torch.bfloat16), device=a.device)
+def fake(
+    a: Tensor, b: Tensor, expert_offsets: Tensor, *, out_dtype: torch.dtype | None = None, **options: object
+) -> Tensor:
+    check(a, b, expert_offsets, out_dtype=out_dtype, **options)
+    return torch.empty((a.shape[0], b.shape[1]), dtype=output_dtype(a.dtype, out_dtype), device=a.device)
+
+
+def output_dtype(dtype: torch.dtype, out_dtype: torch.dtype | None) -> torch.dtype:
+    """Of out, for a of `dtype`: what the caller says, else that of 16-bit activations, else bfloat16."""
+    if out_dtype is not None:
+        return out_dtype
+    return dtype if dtype in BF16_FP16 else torch.bfloat16
 
 
 def check_formats(op: str, format: str, act_format: str) -> tuple[Format, Format]:

@@ -23,20 +23,18 @@ class Stages(torch.nn.Module):
         super().__init__()
         _, self.w13, self.w2 = call.args[:3]
         self.options, self.alignment = call.options, alignment
-        self.gemm_dtype = torch.bfloat16
 
     def forward(self, x: Tensor, router_logits: Tensor) -> Tensor:
         o = self.options
         format = o["format"]
-        gemm = {"format": format, "out_dtype": self.gemm_dtype}
         topk_weights, topk_ids = moe.topk(router_logits, 2)
         offsets, slot_to_row, row_to_slot = moe.sort_slots(topk_ids, self.w13.shape[0], alignment=self.alignment)
         a, a_scale = moe.permute(x, slot_to_row, row_to_slot.shape[0], format=format)
         w13 = {"b_scale": o["w13_scale"], "b_global_scale": o["w13_global_scale"], "b_parts": 2}
-        gate_up = moe.grouped_gemm(a, self.w13, offsets, a_scale=a_scale, **w13, **gemm)
+        gate_up = moe.grouped_gemm(a, self.w13, offsets, a_scale=a_scale, format=format, out_dtype=torch.float32, **w13)
         act, act_scale = moe.act_mul(gate_up, offsets, format=format)
         w2 = {"b_scale": o["w2_scale"], "b_global_scale": o["w2_global_scale"]}
-        out = moe.grouped_gemm(act, self.w2, offsets, a_scale=act_scale, **w2, **gemm)
+        out = moe.grouped_gemm(act, self.w2, offsets, a_scale=act_scale, format=format, **w2)
         return moe.finalize(out, slot_to_row, topk_weights=topk_weights) * 2
 
 
@@ -97,10 +95,7 @@ def test_export_round_trip(kind: str, format: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["fused", "stages"])
 def test_aot_inductor(kind: str, tmp_path: Path) -> None:
-    """(PyTorch 2.13 cannot package a ScalarType argument that equals its default, hence float32 between the stages.)"""
     eager = module(kind, "fp8_block")
-    if kind == "stages":
-        eager.gemm_dtype = torch.float32
     tokens = {0: torch.export.Dim("tokens", min=2, max=4096)}
     exported = torch.export.export(eager, inputs(7), dynamic_shapes=(tokens, tokens))
     package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "moe.pt2"))

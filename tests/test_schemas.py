@@ -35,7 +35,7 @@ moe::permute(Tensor hidden_states, Tensor slot_to_row, SymInt num_rows, *, str f
     permuted_scale)
 moe::grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, *, Tensor? a_scale=None, Tensor? b_scale=None,
     Tensor? a_global_scale=None, Tensor? b_global_scale=None, Tensor? bias=None, str format="bf16", str
-    act_format="", int b_parts=1, ScalarType out_dtype=15) -> Tensor
+    act_format="", int b_parts=1, ScalarType? out_dtype=None) -> Tensor
 moe::act_mul(Tensor gate_up, Tensor expert_offsets, *, str activation="silu", float alpha=1., float beta=0.,
     float? limit=None, str layout="gate_up", str format="bf16", Tensor? global_scale=None) -> (Tensor act,
     Tensor act_scale)
@@ -82,6 +82,4 @@ def test_functions_agree_with_the_schema(op: str, layer: str) -> None:
         parameter = parameters[argument.name]
         assert (parameter.kind is inspect.Parameter.KEYWORD_ONLY) == argument.kwarg_only
         default = parameter.default if parameter.default is not inspect.Parameter.empty else None
-        if isinstance(default, torch.dtype):
-            default = {torch.bfloat16: 15}[default]  # the schema spells a ScalarType as its number
         assert default == argument.default_value and type(default) is type(argument.default_value)

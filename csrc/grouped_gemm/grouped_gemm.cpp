@@ -19,12 +19,14 @@ Tensor grouped_gemm_with(const Launcher& launcher, const Tensor& a, const Tensor
                          const std::optional<Tensor>& a_scale, const std::optional<Tensor>& b_scale,
                          const std::optional<Tensor>& a_global_scale, const std::optional<Tensor>& b_global_scale,
                          const std::optional<Tensor>& bias, const std::string& format, const std::string& act_format,
-                         int64_t b_parts, ScalarType out_dtype) {
+                         int64_t b_parts, const std::optional<ScalarType>& out_dtype) {
   MOE_EXPECT(act_format.empty() || act_format == format, kOp, "act_format", format << " for this backend", act_format);
   MOE_EXPECT(!a_global_scale, kOp, "a_global_scale", "none for " << format, describe(*a_global_scale));
   MOE_EXPECT(!b_global_scale, kOp, "b_global_scale", "none for " << format, describe(*b_global_scale));
-  MOE_EXPECT(out_dtype == ScalarType::BFloat16 || out_dtype == ScalarType::Half || out_dtype == ScalarType::Float, kOp, "out_dtype",
-             "bfloat16, float16 or float32", dtype_name(out_dtype));
+  const bool is_16bit = a.scalar_type() == ScalarType::BFloat16 || a.scalar_type() == ScalarType::Half;
+  const ScalarType dtype = out_dtype.value_or(is_16bit ? a.scalar_type() : ScalarType::BFloat16);
+  MOE_EXPECT(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float, kOp, "out_dtype",
+             "one of bfloat16, float16, float32", dtype_name(dtype));
   expect_tensor(kOp, "expert_offsets", expert_offsets, {ScalarType::Int}, {b.size(0) + 1}, a);
   const Format parsed = parse_format(kOp, format);
   GroupedGemmArgs args = weight_args(kOp, "b", b, b_scale, bias, parsed, b_parts, a);
@@ -35,7 +37,7 @@ Tensor grouped_gemm_with(const Launcher& launcher, const Tensor& a, const Tensor
   }
   args.a = a.data_ptr();
   args.num_rows = a.size(0);
-  Tensor out = empty({a.size(0), b.size(1)}, out_dtype, a);
+  Tensor out = empty({a.size(0), b.size(1)}, dtype, a);
   args.expert_offsets = pointer<const int32_t>(expert_offsets);
   args.out = out.data_ptr();
   args.out_dtype = float_dtype(out);
@@ -50,7 +52,7 @@ template <auto kWhyNot, auto kWorkspaceBytes, auto kRun>
 Tensor grouped_gemm_op(const Tensor& a, const Tensor& b, const Tensor& expert_offsets, const std::optional<Tensor>& a_scale,
                        const std::optional<Tensor>& b_scale, const std::optional<Tensor>& a_global_scale,
                        const std::optional<Tensor>& b_global_scale, const std::optional<Tensor>& bias, const std::string& format,
-                       const std::string& act_format, int64_t b_parts, ScalarType out_dtype) {
+                       const std::string& act_format, int64_t b_parts, const std::optional<ScalarType>& out_dtype) {
   return grouped_gemm_with({kWhyNot, kWorkspaceBytes, kRun}, a, b, expert_offsets, a_scale, b_scale, a_global_scale, b_global_scale, bias,
                            format, act_format, b_parts, out_dtype);
 }

@@ -65,7 +65,7 @@ def slow_moe(call: Call) -> Tensor:
             gate_up = dense13[e] @ a
             if o.get("w13_bias") is not None:
                 gate_up += o["w13_bias"][e].double()
-            y = activate(gate_up.to(x.dtype), o["activation"], o.get("w13_layout", "gate_up"),
+            y = activate(gate_up.float(), o["activation"], o.get("w13_layout", "gate_up"),
                          o.get("alpha", 1.0), o.get("beta", 0.0), o.get("limit"))  # fmt: skip
             expert_out = dense2[e] @ through(act_format, y.to(x.dtype) if act_format in ("bf16", "fp16") else y,
                                              of_expert(o.get("a2_global_scale"), e))  # fmt: skip
@@ -200,7 +200,7 @@ def test_the_stages_one_by_one(format: str) -> None:
     """fused_moe is the chain of the ops, bit for bit; rows nobody owns are poisoned on the way."""
     call = make_moe(format, num_tokens=13)
     x, w13, w2, topk_weights, ids = call.args
-    o, dtype = call.options, call.args[0].dtype
+    o = call.options
     offsets, slot_to_row, row_to_slot = moe.sort_slots(ids, 5, alignment=4)
     unused = row_to_slot < 0
     assert unused.any()
@@ -210,13 +210,13 @@ def test_the_stages_one_by_one(format: str) -> None:
         bits[unused] = 0x7F if bits.dtype == torch.uint8 else float("nan")
         return tensor
 
-    weights = {"format": format, "out_dtype": dtype}
     a, a_scale = map(poison, moe.permute(x, slot_to_row, len(row_to_slot), format=format))
     gate_up = poison(moe.grouped_gemm(a, w13, offsets, a_scale=a_scale, b_scale=o["w13_scale"],
-                                      b_global_scale=o["w13_global_scale"], b_parts=2, **weights))  # fmt: skip
+                                      b_global_scale=o["w13_global_scale"], b_parts=2, format=format,
+                                      out_dtype=torch.float32))  # fmt: skip
     act, act_scale = map(poison, moe.act_mul(gate_up, offsets, format=format))
     expert_out = poison(moe.grouped_gemm(act, w2, offsets, a_scale=act_scale, b_scale=o["w2_scale"],
-                                         b_global_scale=o["w2_global_scale"], **weights))  # fmt: skip
+                                         b_global_scale=o["w2_global_scale"], format=format))  # fmt: skip
     out = moe.finalize(expert_out, slot_to_row, topk_weights=topk_weights)
     assert torch.equal(out, call(moe.fused_moe))
 

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from ..backends import Gemm
 from ..formats import FORMATS
+from ..meta_kernels.grouped_gemm import output_dtype
 
 SCHEMA = """(Tensor a, Tensor b, Tensor expert_offsets, *, Tensor? a_scale=None, Tensor? b_scale=None,
 Tensor? a_global_scale=None, Tensor? b_global_scale=None, Tensor? bias=None, str format="bf16", str act_format="",
-int b_parts=1, ScalarType out_dtype=bfloat16) -> Tensor"""
+int b_parts=1, ScalarType? out_dtype=None) -> Tensor"""
 
 
 def facts(
@@ -22,7 +23,7 @@ def facts(
     format: str = "bf16",
     act_format: str = "",
     b_parts: int = 1,
-    out_dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype | None = None,
     **_: object,
 ) -> dict[str, object]:
     num_experts, n, columns = b.shape
@@ -31,7 +32,7 @@ def facts(
         "act_format": act_format,
         "gemms": (Gemm(n, columns * FORMATS[format].pack, b_parts),),
         "num_experts": num_experts,
-        "out_dtype": out_dtype,
+        "out_dtype": output_dtype(a.dtype, out_dtype),
         "bias_dtype": None if bias is None else bias.dtype,
     }
 
@@ -49,7 +50,7 @@ def grouped_gemm(
     format: str = "bf16",
     act_format: str = "",
     b_parts: int = 1,
-    out_dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """One matrix product per expert, over the expert's rows.
 
@@ -71,7 +72,7 @@ def grouped_gemm(
         act_format: of a; "" = `format`. "bf16" or "fp16" with quantised weights is weight-only quantisation.
         b_parts: b[e] is this many equally tall matrices on top of each other (2 for w13: gate over up); scale blocks
             and global scales are counted within each.
-        out_dtype: bfloat16, float16 or float32.
+        out_dtype: bfloat16, float16 or float32; if absent that of a where it is bfloat16 or float16, else bfloat16.
 
     Returns:
         [P, N]. Rows outside the experts' ranges are unspecified.

@@ -1,10 +1,11 @@
 """output [T, H] = finalize(grouped_gemm(act_mul(grouped_gemm(permute(hidden_states), w13)), w2)), the stages in turn.
 
-Intermediates between the stages have the dtype of hidden_states.
+gate_up, between the first GEMM and the activation, is float32; expert_out has the dtype of hidden_states.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..activations import get_activation
@@ -42,7 +43,7 @@ def fused_moe(
     w13_layout: str = "gate_up",
 ) -> Tensor:
     act_format = act_format or format
-    formats = {"format": format, "act_format": act_format, "out_dtype": hidden_states.dtype}
+    formats = {"format": format, "act_format": act_format}
     input_weights, output_weights = (topk_weights, None) if apply_router_weight_on_input else (None, topk_weights)
 
     expert_offsets, slot_to_row, row_to_slot = sort_slots(topk_ids, w13.shape[0], expert_map=expert_map)
@@ -65,6 +66,7 @@ def fused_moe(
         b_global_scale=w13_global_scale,
         bias=w13_bias,
         b_parts=2 if get_activation("fused_moe", activation).gated else 1,
+        out_dtype=torch.float32,
         **formats,
     )
     act, act_scale = act_mul(
@@ -87,6 +89,7 @@ def fused_moe(
         a_global_scale=a2_global_scale,
         b_global_scale=w2_global_scale,
         bias=w2_bias,
+        out_dtype=hidden_states.dtype,
         **formats,
     )
     return finalize(expert_out, slot_to_row, topk_weights=output_weights, routed_scaling_factor=routed_scaling_factor)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..formats import get_format
+from ..meta_kernels.grouped_gemm import output_dtype
 
 ROW_TILE = 16
 
@@ -27,13 +28,13 @@ def grouped_gemm(
     format: str = "bf16",
     act_format: str = "",
     b_parts: int = 1,
-    out_dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     b_format = get_format("grouped_gemm", format)
     a_format = get_format("grouped_gemm", act_format or format)
     a, a_scale = same_bits(a, a_format.dtype), same_bits(a_scale, a_format.scale_dtype)
     b, b_scale = same_bits(b, b_format.dtype), same_bits(b_scale, b_format.scale_dtype)
-    out = torch.zeros((a.shape[0], b.shape[1]), dtype=out_dtype, device=a.device)
+    out = torch.zeros((a.shape[0], b.shape[1]), dtype=output_dtype(a.dtype, out_dtype), device=a.device)
     offsets = expert_offsets.tolist()
     for e, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         if first == last:

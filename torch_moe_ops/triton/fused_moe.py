@@ -2,10 +2,12 @@
 
 hidden_states and out [T, H]. The stages, one after another:
 sort_slots -> permute(act_format) -> grouped_gemm(w13) -> act_mul(act_format) -> grouped_gemm(w2) -> finalize.
+gate_up, between the first GEMM and the activation, is float32; expert_out has the dtype of hidden_states.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from torch_moe_ops.activations import get_activation
@@ -45,7 +47,7 @@ def fused_moe(
     expect_taken("fused_moe", format)  # none of the formats taken has global scales
     act_format = act_format or format
     input_weights, output_weights = (topk_weights, None) if apply_router_weight_on_input else (None, topk_weights)
-    gemm = {"format": format, "act_format": act_format, "out_dtype": hidden_states.dtype}
+    gemm = {"format": format, "act_format": act_format}
     parts = 2 if get_activation("fused_moe", activation).gated else 1
 
     expert_offsets, slot_to_row, row_to_slot = sort_slots(topk_ids, w13.shape[0], expert_map=expert_map)
@@ -53,13 +55,15 @@ def fused_moe(
         hidden_states, slot_to_row, row_to_slot.shape[0], format=act_format, topk_weights=input_weights
     )
     gate_up = grouped_gemm(
-        a, w13, expert_offsets, a_scale=a_scale, b_scale=w13_scale, bias=w13_bias, b_parts=parts, **gemm
-    )  # [P, 2I]
+        a, w13, expert_offsets,
+        a_scale=a_scale, b_scale=w13_scale, bias=w13_bias, b_parts=parts, out_dtype=torch.float32, **gemm,
+    )  # fmt: skip
     act, act_scale = act_mul(
         gate_up, expert_offsets,
         activation=activation, alpha=alpha, beta=beta, limit=limit, layout=w13_layout, format=act_format,
     )  # fmt: skip
     expert_out = grouped_gemm(
-        act, w2, expert_offsets, a_scale=act_scale, b_scale=w2_scale, bias=w2_bias, **gemm
-    )  # [P, H]
+        act, w2, expert_offsets,
+        a_scale=act_scale, b_scale=w2_scale, bias=w2_bias, out_dtype=hidden_states.dtype, **gemm,
+    )  # fmt: skip
     return finalize(expert_out, slot_to_row, topk_weights=output_weights, routed_scaling_factor=routed_scaling_factor)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torch_moe_ops.meta_kernels._sizes import max_rows
+from torch_moe_ops.meta_kernels.grouped_gemm import output_dtype
 from torch_moe_ops.triton._common import as_stored, decode_e4m3, on_device, round_to, to_float32
 
 # Tiles of rows that walk the columns together, so that they share b's tiles in L2.
@@ -197,11 +198,11 @@ def grouped_gemm(
     format: str = "bf16",
     act_format: str = "",
     b_parts: int = 1,
-    out_dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     expect_taken("grouped_gemm", format)
     (rows, k), (num_experts, n, _) = a.shape, b.shape
-    out = torch.empty((rows, n), dtype=out_dtype, device=a.device)
+    out = torch.empty((rows, n), dtype=output_dtype(a.dtype, out_dtype), device=a.device)
     if out.numel() == 0:
         return out
     dot = _dot_dtype(a)
