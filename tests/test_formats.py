@@ -9,7 +9,6 @@ import bisect
 import ctypes
 import math
 import struct
-import sys
 from fractions import Fraction
 
 import pytest
@@ -17,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import torch_moe_ops
+from torch_moe_ops import formats
 from torch_moe_ops.formats import FORMATS
-
-formats = sys.modules["torch_moe_ops.formats"]  # the package's attribute of this name is the table
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 QUANTISED = ["int8", "fp8_block", "mxfp8", "mxfp4", "nvfp4"]
@@ -275,6 +274,7 @@ def test_round_trip_of_representable_values(name, device):
 
 
 def test_the_table_of_formats():
+    assert torch_moe_ops.FORMATS is FORMATS
     assert list(FORMATS) == ["bf16", "fp16", *QUANTISED]
     rows = {
         f.name: (f.dtype, f.max_value, f.scale_dtype, f.act_block, f.weight_block, f.pack) for f in FORMATS.values()

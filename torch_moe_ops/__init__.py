@@ -9,7 +9,7 @@ from . import _library as _library  # defines torch.ops.moe
 from .backends import explain
 from .build_info import build_info
 from .experts import Experts
-from .formats import FORMATS as formats
+from .formats import FORMATS
 from .meta_kernels._sizes import max_rows, workspace_bytes
 from .ops.act_mul import act_mul
 from .ops.finalize import finalize
@@ -26,12 +26,12 @@ except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "FORMATS",
     "Experts",
     "act_mul",
     "build_info",
     "explain",
     "finalize",
-    "formats",
     "fused_moe",
     "grouped_gemm",
     "max_rows",

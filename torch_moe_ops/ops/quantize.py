@@ -19,7 +19,7 @@ def quantize(input: Tensor, format: str, *, global_scale: Tensor | None = None) 
 
     Args:
         input: bfloat16, float16 or float32 [rows, K], contiguous.
-        format: a name in ``torch_moe_ops.formats``; the block is the format's ``act_block``.
+        format: a name in ``torch_moe_ops.FORMATS``; the block is the format's ``act_block``.
         global_scale: float32, one element; nvfp4 only (1 if absent).
 
     Returns:
