@@ -1,13 +1,13 @@
 """How arguments are refused: one line, ``op: argument: expected ..., got ...``.
 
 The checks read only static facts and sizes, never values, so they run on fake tensors with symbolic sizes as well as on
-a GPU without a synchronisation. The passing path costs well under a microsecond per tensor.
+a GPU without a synchronisation, and on `TensorFacts`, which stand in for tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -86,11 +86,41 @@ def expect_sizes(
 
 def expect_no_grad(op: str, names: Sequence[str], args: Sequence[object], options: Mapping[str, object]) -> None:
     """Ops are inference-only: a gradient that would silently be lost is refused. `names` are those of `args`."""
-    if not torch.is_grad_enabled():
-        return
     for name, value in (*zip(names, args, strict=False), *options.items()):
-        if isinstance(value, Tensor) and value.requires_grad:
+        if getattr(value, "requires_grad", False):
             refuse(op, name, "no grad", "requires_grad=True (inference only; use torch.no_grad())")
+
+
+class TensorFacts(NamedTuple):
+    """What the checks read of a tensor, under the names that it has there."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    device: torch.device
+    strides: tuple[int, ...] | None  # None: contiguous
+    requires_grad: bool
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def is_contiguous(self) -> bool:
+        return self.strides is None
+
+    def stride(self) -> tuple[int, ...]:
+        return self.strides
+
+
+def static_facts(value: object) -> object:
+    """A tensor's `TensorFacts`, as the plain tuple that is quickest to make and to hash; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    strides = None if value.is_contiguous() else value.stride()
+    return value.dtype, value.shape, value.device, strides, value.requires_grad
+
+
+def stand_in(facts: object) -> object:
+    """What the checks take in place of the argument that `static_facts` was made from; no op has tuple arguments."""
+    return TensorFacts(*facts) if isinstance(facts, tuple) else facts
 
 
 def describe(dtype: object, shape: Sequence[object], device: torch.device) -> str:

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -22,13 +23,16 @@ import torch
 from torch.library import Library, register_fake
 
 from .backends import CANDIDATES, OPS, Problem, built_backends, compute_capability, expect_gpu_format, select
-from .meta_kernels._check import expect_no_grad, refuse
+from .meta_kernels._check import expect_no_grad, refuse, stand_in, static_facts
 
 LIBRARY = Library("moe", "DEF")
 SHARED_LIBRARY = Path(__file__).with_name("_C.so")
 
 # Weight scales may come in any strides: Inductor must hand them over as they are.
 READS_STRIDED_SCALES = ("grouped_gemm", "fused_moe")
+
+# Sets of static facts that `default` of an op remembers, about 2 KiB each: every number of tokens of a few layers.
+REMEMBERED_CALLS = 4096
 
 
 def _module(layer: str, op: str) -> ModuleType:
@@ -55,7 +59,8 @@ def _register_fakes(op: str) -> None:
     names = _argument_names(op)
 
     def default_fake(*args, **options):
-        expect_no_grad(op, names, args, options)
+        if torch.is_grad_enabled():
+            expect_no_grad(op, names, args, options)
         result = meta.fake(*args, **options)
         given = {**dict(zip(names, args, strict=False)), **options}
         expect_gpu_format(op, args[0].device.type, given.get("format", "bf16"), given.get("act_format", ""))
@@ -67,19 +72,37 @@ def _register_fakes(op: str) -> None:
 
 
 def _register_default(op: str) -> None:
-    """Checks, chooses, calls. The chosen overload is called below autograd, where it does not check again."""
+    """Checks, chooses, calls. The chosen overload is called below autograd, where it does not check again.
+
+    Checks and choice read nothing but the static facts of the arguments, so they run once for each set of facts (the
+    number of tokens is one of them) and are remembered. A refusal is never remembered.
+    """
     check, facts, names = _module("meta_kernels", op).check, _module("ops", op).facts, _argument_names(op)
     overloads = {backend: _overload(op, backend) for backend in CANDIDATES[op]}
 
-    def default(*args, **options):
-        expect_no_grad(op, names, args, options)
+    @lru_cache(maxsize=REMEMBERED_CALLS)
+    def choose(
+        grad_enabled: bool, arg_facts: tuple, option_names: tuple[str, ...], option_facts: tuple
+    ) -> torch._ops.OpOverload:
+        args = [stand_in(value) for value in arg_facts]
+        options = dict(zip(option_names, map(stand_in, option_facts), strict=True))
+        if grad_enabled:
+            expect_no_grad(op, names, args, options)
         check(*args, **options)
         device = args[0].device
         problem = Problem(
             op, device.type, compute_capability(device), built_backends(op, device.type), **facts(*args, **options)
         )
         expect_gpu_format(op, device.type, problem.format, problem.act_format)
-        overload = overloads[select(problem)]
+        return overloads[select(problem)]
+
+    def default(*args, **options):
+        overload = choose(
+            torch.is_grad_enabled(),
+            tuple(map(static_facts, args)),
+            tuple(options),
+            tuple(map(static_facts, options.values())),
+        )
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args, **options)
 
@@ -92,7 +115,8 @@ def _register_backend(op: str, backend: str) -> None:
     check, names, overload = _module("meta_kernels", op).check, _argument_names(op), _overload(op, backend)
 
     def checked(*args, **options):
-        expect_no_grad(op, names, args, options)
+        if torch.is_grad_enabled():
+            expect_no_grad(op, names, args, options)
         check(*args, **options)
         device = args[0].device
         if backend not in built_backends(op, device.type):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -228,7 +228,6 @@ def explain_problem(problem: Problem) -> Explanation:
     return Explanation(problem, tuple(Verdict(name, PREDICATES[name](problem)) for name in names))
 
 
-@lru_cache(maxsize=1024)
 def select(problem: Problem) -> str:
     """The backend that runs the problem, or a one-line error with every backend's reason."""
     explanation = explain_problem(problem)
