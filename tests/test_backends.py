@@ -27,6 +27,10 @@ def test_explanations() -> None:
         problem(format="int8"),
         problem("grouped_gemm", sm=103, format="fp8_block", gemms=(Gemm(4096, 7168, 2),), out_dtype=torch.bfloat16),
         problem("grouped_gemm", sm=86, gemms=(Gemm(4096, 7170),)),
+        problem("grouped_gemm", sm=120, format="int8"),
+        problem("grouped_gemm", format="int8"),
+        problem(format="fp8_block", gemms=(Gemm(400, 7168, 2), Gemm(7168, 200))),
+        problem(num_experts=2000),
         problem("topk"),
         problem("topk", sm=0),
         problem("topk", built=frozenset({"reference"})),
@@ -58,7 +62,7 @@ grouped_gemm on cuda (sm103), fp8_block, n 4096 k 7168
   cutlass_sm90  no: needs sm90, got sm103
   cutlass_sm100 yes
   cutlass_sm120 no: needs sm120 or sm121, got sm103
-  cutlass_sm80  no: needs sm80 to sm89, got sm103
+  cutlass_sm80  no: multiplies bf16, fp16, int8, got fp8_block
   triton        yes, after cutlass_sm100
   reference     no: plain torch; on a GPU it runs only when called by name
 
@@ -67,6 +71,32 @@ grouped_gemm on cuda (sm86), bf16, n 4096 k 7170
   cutlass_sm100 no: needs sm100 or sm103, got sm86
   cutlass_sm120 no: needs sm120 or sm121, got sm86
   cutlass_sm80  no: needs K to be a multiple of 8, got 7170
+  triton        yes
+  reference     no: plain torch; on a GPU it runs only when called by name
+
+grouped_gemm on cuda (sm120), int8
+  cutlass_sm90  no: needs sm90, got sm120
+  cutlass_sm100 no: needs sm100 or sm103, got sm120
+  cutlass_sm120 no: multiplies fp8_block, got int8
+  cutlass_sm80  yes
+  triton        yes, after cutlass_sm80
+  reference     no: plain torch; on a GPU it runs only when called by name
+
+grouped_gemm on cuda (sm90), int8
+  cutlass_sm90  no: multiplies bf16, fp16, fp8_block, got int8
+  cutlass_sm100 no: needs sm100 or sm103, got sm90
+  cutlass_sm120 no: needs sm120 or sm121, got sm90
+  cutlass_sm80  no: on sm90 it runs only when called by name
+  triton        yes
+  reference     no: plain torch; on a GPU it runs only when called by name
+
+fused_moe on cuda (sm90), fp8_block, n 400 k 7168, n 7168 k 200
+  cutlass_sm90  no: needs intermediate_size to be a multiple of 16, got 200
+  triton        yes
+  reference     no: plain torch; on a GPU it runs only when called by name
+
+fused_moe on cuda (sm90), bf16, n 4096 k 7168, n 7168 k 2048
+  cutlass_sm90  no: takes at most 1024 experts, got 2000
   triton        yes
   reference     no: plain torch; on a GPU it runs only when called by name
 
@@ -100,9 +130,10 @@ topk on cuda (sm90), bf16
         (90, "int8", "triton"),
         (100, "fp8_block", "cutlass_sm100"),
         (103, "bf16", "cutlass_sm100"),
-        (100, "fp16", "triton"),
+        (100, "fp16", "cutlass_sm80"),
+        (103, "int8", "cutlass_sm80"),
         (120, "fp8_block", "cutlass_sm120"),
-        (121, "bf16", "cutlass_sm120"),
+        (121, "bf16", "cutlass_sm80"),
     ],
 )
 def test_grouped_gemm_per_gpu(sm: int, format: str, backend: str) -> None:
@@ -114,7 +145,9 @@ def test_grouped_gemm_per_gpu(sm: int, format: str, backend: str) -> None:
     [
         (90, {"gemms": (Gemm(256, 100),)}, "needs K to be a multiple of 8, got 100"),
         (90, {"gemms": (Gemm(256, 100),), "format": "fp8_block"}, "needs K to be a multiple of 16, got 100"),
-        (90, {"gemms": (Gemm(24, 64, 2),)}, "needs N to be a multiple of 8 in each part, got 12"),
+        (90, {"gemms": (Gemm(24, 64, 2),)}, "needs N of each part to be a multiple of 8, got 12"),
+        (80, {"gemms": (Gemm(20, 64, 2),)}, "needs N to be a multiple of 8, got 20"),
+        (80, {"gemms": (Gemm(24, 64, 2),)}, None),
         (90, {"num_experts": 1025}, "takes at most 1024 experts, got 1025"),
         (90, {"format": "nvfp4"}, "multiplies bf16, fp16, fp8_block, got nvfp4"),
         (100, {"out_dtype": torch.float32}, "needs a bfloat16 output, got float32"),
@@ -122,11 +155,11 @@ def test_grouped_gemm_per_gpu(sm: int, format: str, backend: str) -> None:
         (
             120,
             {"gemms": (Gemm(96, 64, 2),), "format": "fp8_block"},
-            "needs N to be a multiple of 128 in each part, got 48",
+            "needs N of each part to be a multiple of 128, got 48",
         ),
     ],
 )
-def test_reasons(sm: int, facts: dict[str, object], reason: str) -> None:
+def test_reasons(sm: int, facts: dict[str, object], reason: str | None) -> None:
     verdicts = {v.backend: v.reason for v in explain_problem(problem("grouped_gemm", sm, **facts)).verdicts}
     assert verdicts[f"cutlass_sm{sm}"] == reason
 

@@ -39,8 +39,13 @@ GEMM_FORMATS: dict[str, tuple[str, ...]] = {
     "cutlass_sm80": ("bf16", "fp16", "int8"),
     "cutlass_sm90": ("bf16", "fp16", "fp8_block"),
     "cutlass_sm100": ("bf16", "fp8_block"),
-    "cutlass_sm120": ("bf16", "fp8_block"),
+    "cutlass_sm120": ("fp8_block",),
     "triton": ("bf16", "fp16", "int8", "fp8_block"),
+}
+# What K, and N within a part, of each of an op's GEMMs are called in its documentation.
+K_AND_N = {
+    "grouped_gemm": (("K", "N of each part"),),
+    "fused_moe": (("hidden_size", "intermediate_size"), ("intermediate_size", "hidden_size")),
 }
 
 
@@ -135,19 +140,26 @@ def _cuda(p: Problem) -> str | None:
 
 
 def _cutlass_sm80(p: Problem) -> str | None:
-    return _cutlass(p, "cutlass_sm80", range(80, 90), "sm80 to sm89")
+    """Later GPUs run its PTX, and it stands behind the kernels made for them."""
+    if p.device_type == "cuda" and p.sm == 90:
+        return "on sm90 it runs only when called by name"
+    return _cutlass(p, "cutlass_sm80", range(80, 1000), "sm80 or later") or _needs_aligned_rows(p)
 
 
 def _cutlass_sm90(p: Problem) -> str | None:
-    return _cutlass(p, "cutlass_sm90", (90,), "sm90") or _at_most("experts", p.num_experts, 1024)
+    return (
+        _cutlass(p, "cutlass_sm90", (90,), "sm90")
+        or _needs_aligned_rows(p, within_parts=True)
+        or _at_most("experts", p.num_experts, 1024)
+    )
 
 
 def _cutlass_sm100(p: Problem) -> str | None:
-    return _cutlass(p, "cutlass_sm100", (100, 103), "sm100 or sm103") or _needs_whole_bf16(p)
+    return _cutlass(p, "cutlass_sm100", (100, 103), "sm100 or sm103") or _needs_whole_bf16(p) or _needs_aligned_rows(p)
 
 
 def _cutlass_sm120(p: Problem) -> str | None:
-    return _cutlass(p, "cutlass_sm120", (120, 121), "sm120 or sm121") or _needs_whole_bf16(p)
+    return _cutlass(p, "cutlass_sm120", (120, 121), "sm120 or sm121") or _needs_whole_bf16(p) or _needs_aligned_rows(p)
 
 
 PREDICATES: dict[str, Callable[[Problem], str | None]] = {
@@ -162,13 +174,7 @@ PREDICATES: dict[str, Callable[[Problem], str | None]] = {
 
 
 def _cutlass(p: Problem, backend: str, sms: range | tuple[int, ...], text: str) -> str | None:
-    return (
-        _not_on_gpu(p)
-        or _needs_sm(p, sms, text)
-        or _not_built(p, backend)
-        or _needs_format(p, backend)
-        or _needs_alignment(p)
-    )
+    return _not_on_gpu(p) or _needs_sm(p, sms, text) or _not_built(p, backend) or _needs_format(p, backend)
 
 
 def _not_on_gpu(p: Problem) -> str | None:
@@ -198,25 +204,27 @@ def _needs_format(p: Problem, backend: str, weight_only: bool = False) -> str | 
     return None
 
 
-def _needs_alignment(p: Problem) -> str | None:
-    """Rows of a and b are read in 16-byte pieces, rows of out written in pieces of 8 values."""
-    itemsize = FORMATS[p.format].dtype.itemsize
-    for n, k, parts in p.gemms:
-        if k * itemsize % 16:
-            return f"needs K to be a multiple of {16 // itemsize}, got {k}"
-        if n // parts % 8:
-            return f"needs N to be a multiple of 8 in each part, got {n // parts}"
+def _needs_aligned_rows(p: Problem, within_parts: bool = False) -> str | None:
+    """Rows of a and b are read in 16-byte pieces and rows of out written in pieces of 8 values, those of each part of b
+    on their own where a kernel's tiles do not cross parts."""
+    k_multiple = 16 // FORMATS[p.format].dtype.itemsize
+    for (n, k, parts), (k_name, n_name) in zip(p.gemms, K_AND_N[p.op], strict=False):
+        height, height_name = (n // parts, n_name) if within_parts else (n, "N")
+        if k % k_multiple:
+            return f"needs {k_name} to be a multiple of {k_multiple}, got {k}"
+        if height % 8:
+            return f"needs {height_name} to be a multiple of 8, got {height}"
     return None
 
 
 def _needs_whole_bf16(p: Problem) -> str | None:
-    """The CUTLASS epilogue works in bfloat16, and its scale blocks cannot start anew in the middle of b."""
+    """CUTLASS's epilogue works in bfloat16, and its scale blocks cannot start anew in the middle of b."""
     for name, dtype in (("output", p.out_dtype), ("bias", p.bias_dtype)):
         if dtype not in (None, torch.bfloat16):
             return f"needs a bfloat16 {name}, got {dtype}".replace("torch.", "")
     for n, _, parts in p.gemms:
         if p.format == "fp8_block" and parts > 1 and n // parts % 128:
-            return f"needs N to be a multiple of 128 in each part, got {n // parts}"
+            return f"needs N of each part to be a multiple of 128, got {n // parts}"
     return None
 
 
