@@ -27,6 +27,7 @@ struct Layer {
   GateUpLayout layout = GateUpLayout::gate_up;
   const int32_t* expert_offsets = nullptr;
   const int32_t* slot_to_row = nullptr;
+  int32_t* tile_counters = nullptr;  // [2], one for each GEMM
   cudaStream_t stream = nullptr;
 };
 
@@ -34,16 +35,15 @@ void check_gemm(const char* argument, const char* reason) {
   if (reason != nullptr) refuse(kOp, argument, "a shape that this backend runs", reason);
 }
 
-// The maps, which must outlive their use on the stream only as far as torch's allocator knows (it reuses memory in
-// stream order).
+// torch's allocator reuses memory in stream order: these may go as soon as the last launch that reads them is in the stream.
 struct Maps {
-  Tensor expert_offsets, slot_to_row, row_to_slot;
+  Tensor expert_offsets, slot_to_row, tile_counters;
 };
 
 Maps run_sort_slots(const Tensor& topk_ids, const std::optional<Tensor>& expert_map, int32_t num_experts, int64_t num_rows,
                     cudaStream_t stream) {
   Maps maps{empty({num_experts + 1}, ScalarType::Int, topk_ids), empty({topk_ids.size(0), topk_ids.size(1)}, ScalarType::Int, topk_ids),
-            empty({num_rows}, ScalarType::Int, topk_ids)};
+            empty({2}, ScalarType::Int, topk_ids)};
   SortSlotsArgs args;
   args.topk_ids = pointer<const int32_t>(topk_ids);
   args.expert_map = pointer<const int32_t>(expert_map);
@@ -53,7 +53,8 @@ Maps run_sort_slots(const Tensor& topk_ids, const std::optional<Tensor>& expert_
   args.num_rows = num_rows;
   args.expert_offsets = pointer<int32_t>(maps.expert_offsets);
   args.slot_to_row = pointer<int32_t>(maps.slot_to_row);
-  args.row_to_slot = pointer<int32_t>(maps.row_to_slot);
+  args.cleared = pointer<int32_t>(maps.tile_counters);
+  args.num_cleared = 2;
   const int64_t bytes = static_cast<int64_t>(sort_slots_workspace_bytes(args.num_slots, num_experts));
   const Tensor workspace = empty({bytes}, ScalarType::Byte, topk_ids);
   check_cuda(kOp, sort_slots(args, workspace.data_ptr(), stream));
@@ -100,13 +101,13 @@ QuantizedTensors run_gemm1(const Layer& layer, GroupedGemmArgs gemm, const Quant
     epilogue.scale_stride_k = act.view.scale_stride_k;
     gemm.out = act.values.data_ptr();
     gemm.out_dtype = gemm.ab_dtype;
-    check_cuda(kOp, grouped_gemm_gated_sm90(gemm, epilogue, layer.stream));
+    check_cuda(kOp, grouped_gemm_gated_sm90(gemm, epilogue, layer.tile_counters, layer.stream));
     return act;
   }
   const Tensor gate_up = empty({layer.num_rows, gemm.n}, ScalarType::Float, permuted.values);
   gemm.out = gate_up.data_ptr();
   gemm.out_dtype = DType::float32;
-  check_cuda(kOp, grouped_gemm_sm90(gemm, nullptr, layer.stream));
+  check_cuda(kOp, grouped_gemm_sm90_counted(gemm, layer.tile_counters, layer.stream));
   ActMulArgs args;
   args.gate_up = gate_up.data_ptr();
   args.dtype = DType::float32;
@@ -126,7 +127,7 @@ Tensor run_gemm2(const Layer& layer, GroupedGemmArgs gemm, const QuantizedTensor
   Tensor expert_out = empty({layer.num_rows, layer.hidden_size}, like.scalar_type(), like);
   gemm.out = expert_out.data_ptr();
   gemm.out_dtype = float_dtype(like);
-  check_cuda(kOp, grouped_gemm_sm90(gemm, nullptr, layer.stream));
+  check_cuda(kOp, grouped_gemm_sm90_counted(gemm, layer.tile_counters + 1, layer.stream));
   return expert_out;
 }
 
@@ -193,6 +194,7 @@ Tensor fused_moe_sm90(const Tensor& hidden_states, const Tensor& w13, const Tens
   const Maps maps = run_sort_slots(topk_ids, expert_map, gemm1.num_experts, layer.num_rows, layer.stream);
   layer.expert_offsets = pointer<const int32_t>(maps.expert_offsets);
   layer.slot_to_row = pointer<const int32_t>(maps.slot_to_row);
+  layer.tile_counters = pointer<int32_t>(maps.tile_counters);
   const float* weights = pointer<const float>(topk_weights);
   QuantizedTensors act;
   {

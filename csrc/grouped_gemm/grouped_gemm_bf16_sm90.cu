@@ -4,8 +4,9 @@
 namespace moe::sm90 {
 
 template <>
-cudaError_t launch_element<__nv_bfloat16>(int32_t rows, const GroupedGemmArgs& args, const GatedEpilogue* gated, int num_sms, cudaStream_t stream) {
-  return launch_element_impl<__nv_bfloat16>(rows, args, gated, num_sms, stream);
+cudaError_t launch_element<__nv_bfloat16>(int32_t rows, const GroupedGemmArgs& args, const GatedEpilogue* gated, int32_t* tile_counter, int num_sms,
+                                  cudaStream_t stream) {
+  return launch_element_impl<__nv_bfloat16>(rows, args, gated, tile_counter, num_sms, stream);
 }
 
 }  // namespace moe::sm90

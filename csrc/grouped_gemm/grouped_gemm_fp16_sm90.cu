@@ -4,8 +4,9 @@
 namespace moe::sm90 {
 
 template <>
-cudaError_t launch_element<__half>(int32_t rows, const GroupedGemmArgs& args, const GatedEpilogue* gated, int num_sms, cudaStream_t stream) {
-  return launch_element_impl<__half>(rows, args, gated, num_sms, stream);
+cudaError_t launch_element<__half>(int32_t rows, const GroupedGemmArgs& args, const GatedEpilogue* gated, int32_t* tile_counter, int num_sms,
+                                  cudaStream_t stream) {
+  return launch_element_impl<__half>(rows, args, gated, tile_counter, num_sms, stream);
 }
 
 }  // namespace moe::sm90

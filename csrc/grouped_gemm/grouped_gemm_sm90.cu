@@ -35,7 +35,7 @@ const char* grouped_gemm_sm90_why_not(const GroupedGemmArgs& args) {
   return nullptr;
 }
 
-size_t grouped_gemm_sm90_workspace_bytes(const GroupedGemmArgs&) { return 0; }
+size_t grouped_gemm_sm90_workspace_bytes(const GroupedGemmArgs&) { return sizeof(int32_t); }  // the tile counter
 
 namespace {
 
@@ -45,22 +45,29 @@ cudaError_t count_sms(int* num_sms) {
   return cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
 }
 
-cudaError_t run(const GroupedGemmArgs& args, const GatedEpilogue* gated, cudaStream_t stream) {
+cudaError_t run(const GroupedGemmArgs& args, const GatedEpilogue* gated, int32_t* tile_counter, cudaStream_t stream) {
   if (args.num_rows == 0 || args.num_experts == 0 || args.n == 0) return cudaSuccess;
   if (grouped_gemm_sm90_why_not(args) != nullptr) return cudaErrorInvalidValue;
   int num_sms = 0;
   if (auto e = count_sms(&num_sms)) return e;
   const int32_t rows = sm90::choose_tile_rows(args.num_rows, args.num_experts, args.n / args.b_parts, args.b_parts, num_sms);
   switch (args.ab_dtype) {
-    case DType::float8_e4m3: return sm90::launch_element<__nv_fp8_e4m3>(rows, args, gated, num_sms, stream);
-    case DType::bfloat16: return sm90::launch_element<__nv_bfloat16>(rows, args, gated, num_sms, stream);
-    default: return sm90::launch_element<__half>(rows, args, gated, num_sms, stream);
+    case DType::float8_e4m3: return sm90::launch_element<__nv_fp8_e4m3>(rows, args, gated, tile_counter, num_sms, stream);
+    case DType::bfloat16: return sm90::launch_element<__nv_bfloat16>(rows, args, gated, tile_counter, num_sms, stream);
+    default: return sm90::launch_element<__half>(rows, args, gated, tile_counter, num_sms, stream);
   }
 }
 
 }  // namespace
 
-cudaError_t grouped_gemm_sm90(const GroupedGemmArgs& args, void*, cudaStream_t stream) { return run(args, nullptr, stream); }
+cudaError_t grouped_gemm_sm90_counted(const GroupedGemmArgs& args, int32_t* tile_counter, cudaStream_t stream) {
+  return run(args, nullptr, tile_counter, stream);
+}
+
+cudaError_t grouped_gemm_sm90(const GroupedGemmArgs& args, void* workspace, cudaStream_t stream) {
+  if (auto e = cudaMemsetAsync(workspace, 0, sizeof(int32_t), stream)) return e;
+  return grouped_gemm_sm90_counted(args, static_cast<int32_t*>(workspace), stream);
+}
 
 const char* grouped_gemm_gated_sm90_why_not(const GroupedGemmArgs& args) {
   if (const char* reason = grouped_gemm_sm90_why_not(args)) return reason;
@@ -75,9 +82,9 @@ bool grouped_gemm_gated_sm90_pays(const GroupedGemmArgs& args) {
   return count_sms(&num_sms) == cudaSuccess && sm90::max_token_tiles(args.num_rows, args.num_experts) * row_tiles >= num_sms;
 }
 
-cudaError_t grouped_gemm_gated_sm90(const GroupedGemmArgs& args, const GatedEpilogue& gated, cudaStream_t stream) {
+cudaError_t grouped_gemm_gated_sm90(const GroupedGemmArgs& args, const GatedEpilogue& gated, int32_t* tile_counter, cudaStream_t stream) {
   if (grouped_gemm_gated_sm90_why_not(args) != nullptr) return cudaErrorInvalidValue;
-  return run(args, &gated, stream);
+  return run(args, &gated, tile_counter, stream);
 }
 
 }  // namespace moe

@@ -1,13 +1,19 @@
 // out[r, n] = sum_k tokens[r, k] * weights[e, n, k] for rows r of expert e, on SM90 tensor cores.
 //
-// One persistent thread block per SM walks the tiles (expert, weight rows, tokens), found on the device from
-// expert_offsets. Weight rows are wgmma's 64-row operand and tokens its N operand: the tile height in tokens goes down
-// to 8, so decode wastes nothing, and gate and up of one channel meet in one thread when a warpgroup computes one wave
-// of gate rows and one of up rows (kGated). The tokens of a neighbouring expert that a tile reads are never stored.
+// One persistent thread block per SM draws tiles (expert, weight rows, tokens) from a counter in device memory and finds
+// them in expert_offsets. Drawn in order, tiles with the same weight rows run at the same time, so that memory is read once
+// for all of them (dealt out in advance, thread blocks drift apart: DeepSeek-V3 EP8 at 8192 tokens read its weights twice
+// and was bound by that). The tokens of a neighbouring expert that a tile reads are never stored.
 //
-//   producer warp 0: TMA of weights and tokens, 128 bytes of K a stage, 128-byte swizzle
+//   producer warp 0: draws tiles; TMA of weights and tokens, 128 bytes of K a stage, 128-byte swizzle
 //   producer warps 1 to 3: products of the float32 scales (any strides), float8 only
 //   1 or 2 consumer warpgroups: wgmma, promotion (float8), epilogue
+//
+// Narrow tiles (8 to 64 tokens): weight rows are wgmma's 64-row operand and tokens its N operand ("swap A/B"), so that
+// decode multiplies hardly more tokens than there are. Wide tiles (128 tokens): tokens are the 64-row operand, one half
+// for each warpgroup; a thread then needs two token scales a K block, where narrow tiles read one per token pair (that
+// alone would take half of the shared-memory bandwidth at 128 tokens). In both, gate and up of one channel meet in one
+// thread, because a warpgroup computes one wave of gate rows and one of up rows (kGated).
 //
 // float8: the wgmma sum of each 128-K block is scaled by a_scale * b_scale and added to float32 registers in K order.
 // The order of every sum depends on K alone, so a token's result is the same bits in every tile shape and batch.
@@ -27,6 +33,7 @@
 namespace moe::sm90 {
 
 constexpr int kMaxExperts = 1024;
+constexpr int kTileSlots = 4;       // tiles drawn and not finished
 constexpr int kSmemLimit = 232448;  // bytes a thread block can have on SM90
 
 // kRows = 64 * kWarpgroups * kWaves weight rows by up to kMaxTokens tokens.
@@ -41,18 +48,23 @@ struct Config {
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
   static constexpr int kWeightBytes = kRows * 128, kTokenBytes = kMaxTokens * 128;
-  static constexpr int kWaveScales = kFloat8 ? (kMaxTokens < 16 ? 16 : kMaxTokens) : 0;  // floats a wave and stage
+  static constexpr int kWaveScales = kFloat8 ? kMaxTokens : 0;  // floats a wave and stage
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes + 4 * kWaves * kWaveScales;
-  static constexpr int kStoreTokens = kMaxTokens < 64 ? kMaxTokens : 64;
-  static constexpr int kStoreBytes = kWarpgroups * kStoreTokens * 128;
-  // Gated float8: act [kMaxTokens, 128] bytes, amax [8 warps, kMaxTokens], 1/scale [kMaxTokens].
-  static constexpr int kQuantBytes = kGated && kFloat8 ? kMaxTokens * (128 + 4 * 4 * kWarpgroups + 4) : 0;
+  // Epilogue: 64 tokens x 64 columns of 16 bits for each warpgroup. Gated float8, narrow: act [64, 128] bytes, amax
+  // [8 warps, 64], 1/scale [64]; wide: act [16, 128] bytes for each warp.
+  static constexpr int kStoreBytes = kWarpgroups * 64 * 128;
+  static constexpr int kQuantBytes = kGated && kFloat8 ? 64 * (128 + 4 * 4 * kWarpgroups + 4) : 0;
   static constexpr int kStagingBytes = kStoreBytes > kQuantBytes ? kStoreBytes : kQuantBytes;
-  static constexpr int kFixedBytes = 1024 + kStagingBytes + 8 * (kMaxExperts + 1) + 16 * 16;
+  static constexpr int kReaders = kConsumers / 32 + (kFloat8 ? 3 : 0);  // warps that are told of a tile
+  static constexpr int kFixedBytes = 1024 + kStagingBytes + 8 * (kMaxExperts + 1) + 16 * 16 + kTileSlots * 48;
   static constexpr int kFittingStages = (kSmemLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFittingStages < 12 ? kFittingStages : 12;
   static constexpr int kSmemBytes = kFixedBytes + kStages * kStageBytes;
+  // With 64 and 128 tokens in one kernel of two waves, ptxas runs out of registers and makes every wgmma wait (C7511):
+  // 33 to 64 tokens then take a wide tile.
+  static constexpr bool kHas64 = kMaxTokens == 64 || kWaves == 1;
   static constexpr bool kRebalanceRegisters = kWarpgroups == 2;
+  static_assert(kMaxTokens == 64 || (kMaxTokens == 128 && kWarpgroups == 2), "a wide tile gives 64 tokens to each of two warpgroups");
   static_assert(!kGated || kWaves == 2);
   static_assert(!(kGated && kFloat8) || kWaveRows == 128, "a float8 scale group is 128 channels");
   static_assert(kStages >= 3);
@@ -60,13 +72,24 @@ struct Config {
 
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
+struct Tile {
+  int32_t expert;
+  int32_t part, row;      // first weight row, within its part (gated: the same row of both parts)
+  int32_t token;          // first row of the token matrix
+  int32_t valid_tokens;
+  int32_t size;           // log2 of the tokens multiplied, 8 .. kMaxTokens: one that holds valid_tokens; 0: no more tiles
+};
+
 // Shared memory of a thread block; operands as addresses in the shared window, so that no access is a generic one.
 template <class C>
 struct Smem {
   uint32_t weights, tokens, staging, scales;
   uint8_t* staging_ptr;
-  Barrier* full;
+  Barrier* full;        // stages
   Barrier* empty;
+  Barrier* tile_full;   // tiles
+  Barrier* tile_empty;
+  Tile* tiles;
   int32_t* offsets;     // [E + 1] first row of each expert
   int32_t* tile_begin;  // [E + 1] token tiles before each expert
 
@@ -79,38 +102,31 @@ struct Smem {
     scales = staging + C::kStagingBytes;
     full = reinterpret_cast<Barrier*>(staging_ptr + C::kStagingBytes + C::kStages * 4 * C::kWaves * C::kWaveScales);
     empty = full + C::kStages;
-    offsets = reinterpret_cast<int32_t*>(empty + C::kStages);
+    tile_full = empty + C::kStages;
+    tile_empty = tile_full + kTileSlots;
+    tiles = reinterpret_cast<Tile*>(tile_empty + kTileSlots);
+    offsets = reinterpret_cast<int32_t*>(tiles + kTileSlots);
     tile_begin = offsets + kMaxExperts + 1;
   }
 };
 
-struct Tile {
-  int32_t expert;
-  int32_t part, row;          // first weight row, within its part (gated: the same row of both parts)
-  int64_t token;              // first row of the token matrix
-  int32_t valid_tokens;
-  int32_t size;               // log2 of the tokens multiplied, 8 .. kMaxTokens: the smallest that holds valid_tokens
-};
-
-// Walks the tiles of this thread block; every role does it for itself. Within an expert, tiles that share weight rows
-// are neighbours in time, so all but the first find them in L2.
+// Finds tiles by their index, in any increasing order. Within an expert, tiles with the same weight rows follow each other.
 template <class C>
-struct TileWalk {
+struct TileFinder {
   const KernelParams& p;
   const Smem<C>& smem;
-  int32_t row_tiles, tiles_per_part, total, index, expert = 0;
+  int32_t row_tiles, tiles_per_part, total, expert = 0;
 
-  __device__ TileWalk(const KernelParams& p, const Smem<C>& smem) : p(p), smem(smem) {
+  __device__ TileFinder(const KernelParams& p, const Smem<C>& smem) : p(p), smem(smem) {
     constexpr int kStep = C::kGated ? C::kWaveRows : C::kRows;
     tiles_per_part = (p.part_rows + kStep - 1) / kStep;
     row_tiles = C::kGated ? tiles_per_part : tiles_per_part * p.parts;
     total = smem.tile_begin[p.num_experts] * row_tiles;
-    index = blockIdx.x;
   }
 
   // Warp-collective: 32 experts are tried at once.
-  __device__ bool next(Tile& tile) {
-    if (index >= total) return false;
+  __device__ Tile find(int32_t index) {
+    if (index >= total) return {};
     const int lane = threadIdx.x & 31;
     while (true) {
       const int e = expert + lane;
@@ -124,16 +140,16 @@ struct TileWalk {
     }
     const int32_t begin = smem.tile_begin[expert], token_tiles = smem.tile_begin[expert + 1] - begin;
     const int32_t local = index - begin * row_tiles;
-    const int32_t row_tile = local / token_tiles, token_tile = local - row_tile * token_tiles;
+    const int32_t row_tile = local / token_tiles, first = (local - row_tile * token_tiles) * C::kMaxTokens;
+    Tile tile;
     tile.expert = expert;
     tile.part = C::kGated ? 0 : row_tile / tiles_per_part;
     tile.row = (row_tile - tile.part * tiles_per_part) * (C::kGated ? C::kWaveRows : C::kRows);
-    const int32_t first = token_tile * C::kMaxTokens;
-    tile.token = int64_t(smem.offsets[expert]) + first;
-    tile.valid_tokens = min(C::kMaxTokens, smem.offsets[expert + 1] - smem.offsets[expert] - first);
+    tile.token = smem.offsets[expert] + first;
+    tile.valid_tokens = min(C::kMaxTokens, smem.offsets[expert + 1] - tile.token);
     tile.size = max(3, 32 - __clz(tile.valid_tokens - 1));
-    index += gridDim.x;
-    return true;
+    if (!C::kHas64 && tile.size == 6) tile.size = 7;
+    return tile;
   }
 };
 
@@ -188,15 +204,25 @@ struct PipelineState {
   }
 };
 
-// Producer warp 0: one lane fills the stages with weights and tokens.
+// Producer warp 0: draws tiles, tells the other warps, and fills the stages. The next tile is drawn before the current one
+// is loaded, so the counter's latency is hidden.
 template <class C>
 __device__ void load_tiles(const KernelParams& p, const Smem<C>& smem) {
   constexpr int kBlockK = 128 / int(sizeof(typename C::Element));
   constexpr uint64_t kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  TileWalk<C> walk(p, smem);
+  TileFinder<C> finder(p, smem);
   PipelineState<C::kStages> pipe;
+  PipelineState<kTileSlots> slot;
   const bool leader = cute::elect_one_sync();
-  for (Tile tile; walk.next(tile);) {
+  for (int32_t index = blockIdx.x, drawn;; index = __shfl_sync(~0u, drawn, 0) + gridDim.x, slot.advance()) {
+    const Tile tile = finder.find(index);
+    if ((threadIdx.x & 31) == 0 && tile.size != 0) drawn = atomicAdd(p.tile_counter, 1);
+    smem.tile_empty[slot.stage].wait(slot.phase ^ 1);
+    if (leader) {
+      smem.tiles[slot.stage] = tile;
+      smem.tile_full[slot.stage].arrive();
+    }
+    if (tile.size == 0) return;
     const CUtensorMap* tokens = &p.tokens[tile.size - 3];
     for (int kb = 0; kb < p.k_blocks; ++kb, pipe.advance()) {
       smem.empty[pipe.stage].wait(pipe.phase ^ 1);
@@ -209,9 +235,22 @@ __device__ void load_tiles(const KernelParams& p, const Smem<C>& smem) {
         tma_load(smem.weights + pipe.stage * C::kWeightBytes + w * C::kWaveRows * 128, &p.weights, barrier, kHint, kb * kBlockK, row,
                  tile.expert * p.parts + part);
       }
-      tma_load(smem.tokens + pipe.stage * C::kTokenBytes, tokens, barrier, kHint, kb * kBlockK, int32_t(tile.token));
+      tma_load(smem.tokens + pipe.stage * C::kTokenBytes, tokens, barrier, kHint, kb * kBlockK, tile.token);
     }
   }
+}
+
+// The tile that a reader warp works on next; released, by the same warp, once it is finished.
+template <class C>
+__device__ __forceinline__ const Tile& wait_tile(const Smem<C>& smem, const PipelineState<kTileSlots>& slot) {
+  smem.tile_full[slot.stage].wait(slot.phase);
+  return smem.tiles[slot.stage];
+}
+template <class C>
+__device__ __forceinline__ void release_tile(const Smem<C>& smem, PipelineState<kTileSlots>& slot) {
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) smem.tile_empty[slot.stage].arrive();
+  slot.advance();
 }
 
 // A thread's four token scales for two groups of eight tokens are neighbours: one 16-byte load in promote().
@@ -221,11 +260,14 @@ __device__ __forceinline__ int scale_index(int token) { return token / 16 * 16 +
 // loads from memory are in flight. The products leave the consumers one FMA per value.
 template <class C>
 __device__ void load_scales(const KernelParams& p, const Smem<C>& smem, int turn) {
-  TileWalk<C> walk(p, smem);
   PipelineState<C::kStages> pipe;
+  PipelineState<kTileSlots> slot;
   const int lane = threadIdx.x & 31;
   const int32_t blocks_per_part = (p.part_rows + 127) / 128;
-  for (Tile tile; walk.next(tile);) {
+  while (true) {
+    const Tile tile = wait_tile(smem, slot);
+    release_tile(smem, slot);  // copied
+    if (tile.size == 0) return;
     const float* b_scale[C::kWaves];
 #pragma unroll
     for (int w = 0; w < C::kWaves; ++w) {
@@ -234,7 +276,7 @@ __device__ void load_scales(const KernelParams& p, const Smem<C>& smem, int turn
       const int32_t block = part * blocks_per_part + min(row / 128, blocks_per_part - 1);
       b_scale[w] = p.b_scale.data + tile.expert * p.b_scale.stride_group + block * p.b_scale.stride_row;
     }
-    const float* a_scale = p.a_scale.data + (tile.token + lane) * p.a_scale.stride_row;
+    const float* a_scale = p.a_scale.data + int64_t(tile.token + lane) * p.a_scale.stride_row;
     for (int kb = 0; kb < p.k_blocks; ++kb, pipe.advance()) {
       turn = turn == 0 ? 2 : turn - 1;
       if (turn != 2) {
@@ -263,128 +305,6 @@ __device__ void load_scales(const KernelParams& p, const Smem<C>& smem, int turn
       if (lane == 0) smem.full[pipe.stage].arrive();
     }
   }
-}
-
-// The scales of one wave on their way to promote(): those of the first 64 tokens are loaded while wgmma runs, the others
-// while the first are used (all at once would take more registers than there are).
-template <int kTokens>
-struct ScaleLoads {
-  static constexpr int kQuads = kTokens < 16 ? 1 : kTokens / 16, kEarly = kQuads < 4 ? kQuads : 4;
-  float quads[kEarly][4];
-  uint32_t address;
-
-  __device__ void load(int quad) {
-    float(&q)[4] = quads[quad % kEarly];
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(q[0]), "=f"(q[1]), "=f"(q[2]), "=f"(q[3]) : "r"(address + quad * 64));
-  }
-  __device__ void start(uint32_t scales) {
-    address = scales + (threadIdx.x & 3) * 16;
-#pragma unroll
-    for (int quad = 0; quad < kEarly; ++quad) load(quad);
-  }
-};
-
-// total[row, token] += scale[token] * partial[row, token]
-template <int kTokens>
-__device__ __forceinline__ void promote(float (&total)[kTokens / 2], const float (&partial)[kTokens / 2], ScaleLoads<kTokens>& scales) {
-#pragma unroll
-  for (int quad = 0; quad < scales.kQuads; ++quad) {
-    const float(&s)[4] = scales.quads[quad % scales.kEarly];
-#pragma unroll
-    for (int i = 0; i < 8 && 8 * quad + i < kTokens / 2; ++i)
-      total[8 * quad + i] = fmaf(s[i / 4 * 2 + i % 2], partial[8 * quad + i], total[8 * quad + i]);
-    if (quad + scales.kEarly < scales.kQuads) scales.load(quad + scales.kEarly);
-  }
-}
-
-template <class C>
-__device__ __forceinline__ void release(const Smem<C>& smem, int stage) {
-  __syncwarp();
-  if ((threadIdx.x & 31) == 0) smem.empty[stage].arrive();
-}
-
-// float8 main loop: wgmma sums of one K block each, promoted to float32 totals. Up to 64 tokens there are registers for one
-// sum per wave, and the second wave multiplies while the first is promoted.
-template <class C, int kTokens>
-__device__ __forceinline__ void multiply_float8(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, int warpgroup,
-                                                float (&total)[C::kWaves][kTokens / 2]) {
-  constexpr int kPartials = kTokens <= 64 ? C::kWaves : 1;
-  float partial[kPartials][kTokens / 2];
-#pragma unroll
-  for (int w = 0; w < C::kWaves; ++w)
-#pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) total[w][i] = 0.f;
-  for (int kb = 0; kb < k_blocks; ++kb, pipe.advance()) {
-    const uint32_t scales = smem.scales + pipe.stage * (4 * C::kWaves * C::kWaveScales);
-    const uint64_t token_desc = smem_descriptor(smem.tokens + pipe.stage * C::kTokenBytes);
-    const uint64_t weight_desc = smem_descriptor(smem.weights + pipe.stage * C::kWeightBytes + warpgroup * 64 * 128);
-    auto issue = [&](int w, float(&d)[kTokens / 2]) {
-      fence_registers(d);
-      cute::warpgroup_arrive();
-#pragma unroll
-      for (int kk = 0; kk < 4; ++kk)  // 32 bytes of K each: descriptor + 2
-        Mma<typename C::Element, kTokens>::run(weight_desc + w * (C::kWaveRows * 128 >> 4) + 2 * kk, token_desc + 2 * kk, d, kk > 0);
-      cute::warpgroup_commit_batch();
-    };
-    smem.full[pipe.stage].wait(pipe.phase);
-    ScaleLoads<kTokens> loads[kPartials];
-    if constexpr (kPartials == C::kWaves) {
-#pragma unroll
-      for (int w = 0; w < C::kWaves; ++w) issue(w, partial[w]);
-#pragma unroll
-      for (int w = 0; w < C::kWaves; ++w) loads[w].start(scales + 4 * w * C::kWaveScales);
-#pragma unroll
-      for (int w = 0; w < C::kWaves; ++w) {
-        if (w + 1 < C::kWaves) cute::warpgroup_wait<1>();
-        else cute::warpgroup_wait<0>();
-        fence_registers(partial[w]);
-        promote<kTokens>(total[w], partial[w], loads[w]);
-      }
-    } else {
-#pragma unroll
-      for (int w = 0; w < C::kWaves; ++w) {
-        issue(w, partial[0]);
-        loads[0].start(scales + 4 * w * C::kWaveScales);
-        cute::warpgroup_wait<0>();
-        fence_registers(partial[0]);
-        promote<kTokens>(total[w], partial[0], loads[0]);
-      }
-    }
-    release<C>(smem, pipe.stage);
-  }
-}
-
-// 16-bit main loop: one K block in flight while the next is issued.
-template <class C, int kTokens>
-__device__ __forceinline__ void multiply_16bit(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, int warpgroup,
-                                               float (&total)[C::kWaves][kTokens / 2]) {
-  int previous = -1;
-#pragma unroll
-  for (int w = 0; w < C::kWaves; ++w) {
-#pragma unroll
-    for (int i = 0; i < kTokens / 2; ++i) total[w][i] = 0.f;
-    fence_registers(total[w]);
-  }
-  for (int kb = 0; kb < k_blocks; ++kb, pipe.advance()) {
-    const uint64_t token_desc = smem_descriptor(smem.tokens + pipe.stage * C::kTokenBytes);
-    const uint64_t weight_desc = smem_descriptor(smem.weights + pipe.stage * C::kWeightBytes + warpgroup * 64 * 128);
-    smem.full[pipe.stage].wait(pipe.phase);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int kk = 0; kk < 4; ++kk)
-#pragma unroll
-      for (int w = 0; w < C::kWaves; ++w)
-        Mma<typename C::Element, kTokens>::run(weight_desc + w * (C::kWaveRows * 128 >> 4) + 2 * kk, token_desc + 2 * kk, total[w],
-                                               true);
-    cute::warpgroup_commit_batch();
-    cute::warpgroup_wait<1>();
-    if (previous >= 0) release<C>(smem, previous);
-    previous = pipe.stage;
-  }
-  cute::warpgroup_wait<0>();
-#pragma unroll
-  for (int w = 0; w < C::kWaves; ++w) fence_registers(total[w]);
-  release<C>(smem, previous);
 }
 
 }  // namespace moe::sm90

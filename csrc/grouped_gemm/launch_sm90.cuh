@@ -1,7 +1,7 @@
 // Host side of the SM90 grouped GEMM: tensor maps and the launch of one tile configuration.
 #pragma once
 #include "common/launch.h"
-#include "grouped_gemm/epilogue_sm90.cuh"
+#include "grouped_gemm/persistent_sm90.cuh"
 
 namespace moe::sm90 {
 
@@ -29,15 +29,16 @@ cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t k, int64
 }
 
 template <class C>
-cudaError_t launch_tiles(const GroupedGemmArgs& args, const GatedEpilogue* gated, int num_sms, cudaStream_t stream) {
+cudaError_t launch_tiles(const GroupedGemmArgs& args, const GatedEpilogue* gated, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
   using Element = typename C::Element;
   KernelParams p{};
   p.parts = args.b_parts;
   p.part_rows = args.n / args.b_parts;
   if (auto e = make_tensor_map<Element>(&p.weights, args.b, args.k, p.part_rows, int64_t(args.num_experts) * p.parts, C::kWaveRows)) return e;
-  for (int size = 0; 8 << size <= kMaxTokens; ++size)
+  for (int size = 0; 8 << size <= C::kMaxTokens; ++size)
     if (auto e = make_tensor_map<Element>(&p.tokens[size], args.a, args.k, args.num_rows, 0, 8 << size)) return e;
   p.expert_offsets = args.expert_offsets;
+  p.tile_counter = tile_counter;
   p.out = args.out;
   p.bias = args.bias;
   p.a_scale = args.a_scale;
@@ -50,22 +51,28 @@ cudaError_t launch_tiles(const GroupedGemmArgs& args, const GatedEpilogue* gated
   p.bias_dtype = args.bias_dtype;
   if (gated != nullptr) p.gated = *gated;
   const int64_t row_tiles = C::kGated ? (p.part_rows + C::kWaveRows - 1) / C::kWaveRows : (p.part_rows + C::kRows - 1) / C::kRows * p.parts;
-  const int64_t tiles = max_token_tiles(args.num_rows, args.num_experts) * row_tiles;
+  const int64_t tiles = max_token_tiles(args.num_rows, args.num_experts, C::kMaxTokens) * row_tiles;
   if (auto e = cudaFuncSetAttribute(grouped_gemm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes)) return e;
   return launch(grouped_gemm_kernel<C>, dim3(unsigned(tiles < num_sms ? tiles : num_sms)), dim3(C::kThreads), C::kSmemBytes, stream, p);
 }
 
 // One translation unit per element type defines this. rows: choose_tile_rows(), not used when gated.
 template <class Element>
-cudaError_t launch_element(int32_t rows, const GroupedGemmArgs&, const GatedEpilogue*, int num_sms, cudaStream_t);
+cudaError_t launch_element(int32_t rows, const GroupedGemmArgs&, const GatedEpilogue*, int32_t* tile_counter, int num_sms, cudaStream_t);
 
 template <class Element>
-cudaError_t launch_element_impl(int32_t rows, const GroupedGemmArgs& args, const GatedEpilogue* gated, int num_sms, cudaStream_t stream) {
-  if (gated != nullptr) return launch_tiles<Config<Element, kMaxTokens, 2, 2, true>>(args, gated, num_sms, stream);
+cudaError_t launch_element_impl(int32_t rows, const GroupedGemmArgs& args, const GatedEpilogue* gated, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
+  // The mean number of tokens per expert is at most num_rows / num_experts (exactly that without expert parallelism).
+  const bool few = args.num_rows <= 64 * int64_t(args.num_experts);
+  if (gated != nullptr)
+    return few ? launch_tiles<Config<Element, 64, 2, 2, true>>(args, gated, tile_counter, num_sms, stream)
+               : launch_tiles<Config<Element, 128, 2, 2, true>>(args, gated, tile_counter, num_sms, stream);
   switch (rows) {
-    case 64: return launch_tiles<Config<Element, kMaxTokens, 1, 1, false>>(args, nullptr, num_sms, stream);
-    case 128: return launch_tiles<Config<Element, kMaxTokens, 2, 1, false>>(args, nullptr, num_sms, stream);
-    default: return launch_tiles<Config<Element, kMaxTokens, 2, 2, false>>(args, nullptr, num_sms, stream);
+    case 64: return launch_tiles<Config<Element, 64, 1, 1, false>>(args, nullptr, tile_counter, num_sms, stream);
+    case 128: return launch_tiles<Config<Element, 128, 2, 1, false>>(args, nullptr, tile_counter, num_sms, stream);
+    default:
+      return few ? launch_tiles<Config<Element, 64, 2, 2, false>>(args, nullptr, tile_counter, num_sms, stream)
+                 : launch_tiles<Config<Element, 128, 2, 2, false>>(args, nullptr, tile_counter, num_sms, stream);
   }
 }
 

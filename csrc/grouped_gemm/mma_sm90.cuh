@@ -39,18 +39,31 @@ MOE_INSTRUCTIONS(16)
 MOE_INSTRUCTIONS(32)
 MOE_INSTRUCTIONS(64)
 MOE_INSTRUCTIONS(128)
+MOE_INSTRUCTIONS(256)
 #undef MOE_INSTRUCTIONS
 }  // namespace detail
 
-template <class Element, int kN>
+// d[kOffset .. kOffset + kN / 2) (+)= a * b^T.
+template <class Element, int kN, size_t kOffset = 0>
 struct Mma {
-  template <size_t... kIndex>
-  __device__ static void expand(uint64_t a, uint64_t b, float (&d)[kN / 2], bool accumulate, std::index_sequence<kIndex...>) {
-    detail::Instruction<Element, kN>::type::fma(a, b, d[kIndex]..., accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+  template <int kCount, size_t... kIndex>
+  __device__ static void expand(uint64_t a, uint64_t b, float (&d)[kCount], bool accumulate, std::index_sequence<kIndex...>) {
+    using cute::SM90::GMMA::ScaleOut;
+    detail::Instruction<Element, kN>::type::fma(a, b, d[kOffset + kIndex]..., accumulate ? ScaleOut::One : ScaleOut::Zero);
   }
-  __device__ static void run(uint64_t a, uint64_t b, float (&d)[kN / 2], bool accumulate) {
+  template <int kCount>
+  __device__ static void run(uint64_t a, uint64_t b, float (&d)[kCount], bool accumulate) {
+    static_assert(kOffset + kN / 2 <= kCount);
     expand(a, b, d, accumulate, std::make_index_sequence<kN / 2>{});
   }
 };
+
+// f(integral_constant 0), .. f(integral_constant kCount - 1): a loop whose index is a template argument.
+template <int kCount, class F>
+__device__ __forceinline__ void unrolled(F&& f) {
+  [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+    (f(std::integral_constant<int, kIndex>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
 
 }  // namespace moe::sm90

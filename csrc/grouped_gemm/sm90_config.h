@@ -17,24 +17,26 @@ struct GatedEpilogue {
 
 const char* grouped_gemm_gated_sm90_why_not(const GroupedGemmArgs&);
 bool grouped_gemm_gated_sm90_pays(const GroupedGemmArgs&);  // enough tiles to keep every SM busy
-cudaError_t grouped_gemm_gated_sm90(const GroupedGemmArgs&, const GatedEpilogue&, cudaStream_t stream);
+// `tile_counter` (here and, as workspace, in grouped_gemm_sm90_counted) must be 0; the launch leaves it used up.
+cudaError_t grouped_gemm_gated_sm90(const GroupedGemmArgs&, const GatedEpilogue&, int32_t* tile_counter, cudaStream_t stream);
+cudaError_t grouped_gemm_sm90_counted(const GroupedGemmArgs&, int32_t* tile_counter, cudaStream_t stream);
 
 namespace sm90 {
 
 // Weight rows of a tile: 64, 128 or 256. Its tokens (8, 16, .. 128) follow each expert's count, on the device.
 int32_t choose_tile_rows(int64_t num_rows, int32_t num_experts, int32_t part_rows, int32_t parts, int32_t num_sms);
 
-// No more token tiles can exist: every expert hit starts one, and kMaxTokens further rows start another.
-constexpr int kMaxTokens = 128;
-constexpr int64_t max_token_tiles(int64_t num_rows, int32_t num_experts) {
+// No more token tiles can exist: every expert hit starts one, and `tile_tokens` further rows start another.
+constexpr int64_t max_token_tiles(int64_t num_rows, int32_t num_experts, int32_t tile_tokens = 128) {
   const int64_t hit = num_rows < num_experts ? num_rows : num_experts;
-  return hit + (num_rows - hit) / kMaxTokens;
+  return hit + (num_rows - hit) / tile_tokens;
 }
 
 struct KernelParams {
   CUtensorMap weights;             // (k, part_rows, num_experts * parts), box 128 bytes x rows of a wave
   CUtensorMap tokens[5];           // (k, num_rows), box 128 bytes x 8, 16, 32, 64, 128 tokens
   const int32_t* expert_offsets;
+  int32_t* tile_counter;           // 0 at the start: tiles drawn beyond the first of each thread block
   void* out;
   const void* bias;
   ScaleView a_scale, b_scale;

@@ -125,6 +125,7 @@ __device__ __forceinline__ int exclusive_sum(int x) {
 __device__ __forceinline__ int align(int rows, int alignment) { return (rows + alignment - 1) / alignment * alignment; }
 
 __device__ __forceinline__ void fill_row_to_slot(const SortSlotsArgs& args) {
+  if (args.row_to_slot == nullptr) return;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t quads = reinterpret_cast<uintptr_t>(args.row_to_slot) % 16 == 0 ? args.num_rows / 4 : 0;
@@ -182,6 +183,7 @@ __global__ void __launch_bounds__(kThreads)
     if (2 * i < args.num_experts) args.expert_offsets[2 * i] = offset;
     if (2 * i + 1 < args.num_experts) args.expert_offsets[2 * i + 1] = offset + rows_x;
     if (i == kThreads - 1) args.expert_offsets[args.num_experts] = offset + rows_x + rows_y;
+    if (i < args.num_cleared) args.cleared[i] = 0;
   }
   __syncthreads();  // first_row, every warp's counts and row_to_slot = -1 are complete
   uint16_t* mine = counts + warp * experts;
@@ -193,7 +195,7 @@ __global__ void __launch_bounds__(kThreads)
     if (slot < 0) return;
     const int row = expert >= 0 ? first_row[expert] + rank : expert;
     args.slot_to_row[slot] = row;
-    if (row >= 0) args.row_to_slot[row] = static_cast<int32_t>(slot);
+    if (row >= 0 && args.row_to_slot != nullptr) args.row_to_slot[row] = static_cast<int32_t>(slot);
   });
 }
 

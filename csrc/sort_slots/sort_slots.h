@@ -20,7 +20,9 @@ struct SortSlotsArgs {
   int64_t num_rows = 0;               // of row_to_slot: max_rows(num_slots, num_experts, alignment)
   int32_t* expert_offsets = nullptr;  // [num_experts + 1]
   int32_t* slot_to_row = nullptr;     // [num_slots]; -1: absent, -2: id out of range
-  int32_t* row_to_slot = nullptr;     // [num_rows]; -1: padding
+  int32_t* row_to_slot = nullptr;     // [num_rows]; -1: padding; or null: not wanted
+  int32_t* cleared = nullptr;         // [num_cleared] or null: set to 0 for the kernels that follow
+  int32_t num_cleared = 0;
 };
 
 // Bytes of device memory that `sort_slots` needs: a pure function of sizes, 0 for few slots.

@@ -1,0 +1,162 @@
+// Main loops of the SM90 grouped GEMM, one for each of {float8, 16 bits} x {narrow, wide tile}: they add all K blocks of a
+// tile into `total`, float32 registers of the consumers, wave after wave.
+//   narrow: wave w is total[w * kTokens / 2 ..] = [64 weight rows of this warpgroup, kTokens tokens]
+//   wide:   wave w is total[w * 64 ..]          = [64 tokens of this warpgroup, 128 weight rows]
+// in wgmma's register layout (mma_sm90.cuh).
+#pragma once
+#include "grouped_gemm/kernel_sm90.cuh"
+
+namespace moe::sm90 {
+
+constexpr int kRowBytes = 128;             // of K, of an operand row in shared memory
+constexpr int kWideBytes = 128 * kRowBytes;  // 128 weight rows: wave w + 1 after wave w
+
+template <class C>
+__device__ __forceinline__ void release(const Smem<C>& smem, int stage) {
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) smem.empty[stage].arrive();
+}
+
+template <int kCount>
+__device__ __forceinline__ void clear(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) d[i] = 0.f;
+}
+
+// Operands of a stage. The 64-row operand of a narrow tile is this warpgroup's weight rows, of a wide one its tokens.
+template <class C, bool kWide>
+struct Operands {
+  uint64_t weights, tokens;
+  __device__ Operands(const Smem<C>& smem, int stage, int warpgroup)
+      : weights(smem_descriptor(smem.weights + stage * C::kWeightBytes + (kWide ? 0 : warpgroup * 64 * kRowBytes))),
+        tokens(smem_descriptor(smem.tokens + stage * C::kTokenBytes + (kWide ? warpgroup * 64 * kRowBytes : 0))) {}
+};
+
+// float8, narrow: one wgmma sum for each wave and K block; the second wave multiplies while the first is promoted.
+template <class C, int kTokens>
+__device__ __forceinline__ void multiply_float8(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, int warpgroup,
+                                                float (&total)[C::kWaves * kTokens / 2]) {
+  constexpr int kWave = kTokens / 2, kQuads = kTokens < 16 ? 1 : kTokens / 16;
+  float partial[C::kWaves * kWave];
+  clear(total);
+#pragma unroll 1
+  for (int kb = 0; kb < k_blocks; ++kb, pipe.advance()) {
+    const Operands<C, false> in(smem, pipe.stage, warpgroup);
+    const uint32_t scales = smem.scales + pipe.stage * (4 * C::kWaves * C::kWaveScales) + (threadIdx.x & 3) * 16;
+    smem.full[pipe.stage].wait(pipe.phase);
+    fence_registers(partial);
+    unrolled<C::kWaves>([&](auto w) {
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int kk = 0; kk < 4; ++kk)  // 32 bytes of K each: descriptor + 2
+        Mma<typename C::Element, kTokens, w * kWave>::run(in.weights + w * (C::kWaveRows * kRowBytes >> 4) + 2 * kk, in.tokens + 2 * kk,
+                                                          partial, kk > 0);
+      cute::warpgroup_commit_batch();
+    });
+    float scale[C::kWaves * kQuads][4];  // loaded while wgmma runs
+#pragma unroll
+    for (int q = 0; q < C::kWaves * kQuads; ++q)
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(scale[q][0]), "=f"(scale[q][1]), "=f"(scale[q][2]), "=f"(scale[q][3])
+                   : "r"(scales + q / kQuads * (4 * C::kWaveScales) + q % kQuads * 64));
+    unrolled<C::kWaves>([&](auto w) {
+      cute::warpgroup_wait<C::kWaves - 1 - w>();
+      fence_registers(partial);
+#pragma unroll
+      for (int i = 0; i < kWave; ++i)
+        total[w * kWave + i] = fmaf(scale[w * kQuads + i / 8][i % 8 / 4 * 2 + i % 2], partial[w * kWave + i], total[w * kWave + i]);
+    });
+    release<C>(smem, pipe.stage);
+  }
+}
+
+// float8, wide: registers for one wgmma sum only; the other warpgroup multiplies while this one promotes.
+template <class C>
+__device__ __forceinline__ void multiply_float8_wide(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, int warpgroup,
+                                                     float (&total)[C::kWaves * 64]) {
+  float partial[64];
+  clear(total);
+  const int token = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;  // this thread's first; its second is eight below
+  const uint32_t scale_offset[2] = {4u * scale_index(token), 4u * scale_index(token + 8)};
+#pragma unroll 1
+  for (int kb = 0; kb < k_blocks; ++kb, pipe.advance()) {
+    const Operands<C, true> in(smem, pipe.stage, warpgroup);
+    const uint32_t scales = smem.scales + pipe.stage * (4 * C::kWaves * C::kWaveScales);
+    smem.full[pipe.stage].wait(pipe.phase);
+#pragma unroll
+    for (int w = 0; w < C::kWaves; ++w) {
+      fence_registers(partial);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int kk = 0; kk < 4; ++kk)
+        Mma<typename C::Element, 128>::run(in.tokens + 2 * kk, in.weights + w * (kWideBytes >> 4) + 2 * kk, partial, kk > 0);
+      cute::warpgroup_commit_batch();
+      float scale[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(scale[half]) : "r"(scales + w * (4 * C::kWaveScales) + scale_offset[half]));
+      cute::warpgroup_wait<0>();
+      fence_registers(partial);
+#pragma unroll
+      for (int i = 0; i < 64; ++i) total[w * 64 + i] = fmaf(scale[i / 2 % 2], partial[i], total[w * 64 + i]);
+    }
+    release<C>(smem, pipe.stage);
+  }
+}
+
+// 16 bits, narrow and wide: one K block in flight while the next is issued. `issue(stage)` starts the wgmma of a block.
+template <class C, int kCount, class Issue>
+__device__ __forceinline__ void multiply_16bit(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, float (&total)[kCount],
+                                               Issue&& issue) {
+  int previous = -1;
+  clear(total);
+  fence_registers(total);
+#pragma unroll 1
+  for (int kb = 0; kb < k_blocks; ++kb, pipe.advance()) {
+    smem.full[pipe.stage].wait(pipe.phase);
+    cute::warpgroup_arrive();
+    issue(pipe.stage);
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<1>();
+    if (previous >= 0) release<C>(smem, previous);
+    previous = pipe.stage;
+  }
+  cute::warpgroup_wait<0>();
+  fence_registers(total);
+  release<C>(smem, previous);
+}
+
+template <class C, int kTokens>
+__device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, int warpgroup,
+                                         float (&total)[C::kWaves * kTokens / 2]) {
+  if constexpr (C::kFloat8) {
+    multiply_float8<C, kTokens>(smem, pipe, k_blocks, warpgroup, total);
+  } else {
+    multiply_16bit<C>(smem, pipe, k_blocks, total, [&](int stage) {
+      const Operands<C, false> in(smem, stage, warpgroup);
+#pragma unroll
+      for (int kk = 0; kk < 4; ++kk)
+        unrolled<C::kWaves>([&](auto w) {
+          Mma<typename C::Element, kTokens, w * kTokens / 2>::run(in.weights + w * (C::kWaveRows * kRowBytes >> 4) + 2 * kk,
+                                                                  in.tokens + 2 * kk, total, true);
+        });
+    });
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void multiply_wide(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, int warpgroup,
+                                              float (&total)[C::kWaves * 64]) {
+  if constexpr (C::kFloat8) {
+    multiply_float8_wide<C>(smem, pipe, k_blocks, warpgroup, total);
+  } else {
+    // All waves in one instruction: the tokens are read from shared memory once.
+    multiply_16bit<C>(smem, pipe, k_blocks, total, [&](int stage) {
+      const Operands<C, true> in(smem, stage, warpgroup);
+#pragma unroll
+      for (int kk = 0; kk < 4; ++kk) Mma<typename C::Element, C::kWaves * 128>::run(in.tokens + 2 * kk, in.weights + 2 * kk, total, true);
+    });
+  }
+}
+
+}  // namespace moe::sm90
