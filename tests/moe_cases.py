@@ -1,4 +1,4 @@
-"""Op calls as values, random MoE layers in any format, and opcheck for every dtype."""
+"""Op calls as values, random MoE layers in any format, the activations once more, and opcheck for every dtype."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torch_moe_ops.activations import get_activation
 from torch_moe_ops.formats import quantize_weight
@@ -51,13 +52,14 @@ def make_moe(
     bias: bool = False,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    device: str = "cpu",
     **options: object,
 ) -> Call:
     """A random fused_moe call; each token's experts differ."""
-    generator = torch.Generator().manual_seed(seed)
+    random = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, **random)
 
     if dtype is None:
         dtype = torch.float16 if "fp16" in (format, act_format) else torch.bfloat16
@@ -75,13 +77,30 @@ def make_moe(
         randn(num_tokens, hidden_size).to(dtype),
         weights["w13"],
         weights["w2"],
-        torch.rand((num_tokens, top_k), generator=generator) + 0.1,
-        torch.rand((num_tokens, num_experts), generator=generator).argsort(1)[:, :top_k].int().contiguous(),
+        torch.rand((num_tokens, top_k), **random) + 0.1,
+        torch.rand((num_tokens, num_experts), **random).argsort(1)[:, :top_k].int().contiguous(),
         format=format,
         act_format=act_format,
         activation=activation,
         **options,
     )
+
+
+def activate(gate_up: Tensor, activation: str, layout: str, alpha: float, beta: float, limit: float | None) -> Tensor:
+    """gate_up [..., 2I] -> [..., I] in float64."""
+    x = gate_up.double()
+    if activation.endswith("_no_mul"):
+        return {"relu2": F.relu(x) ** 2, "gelu": F.gelu(x), "silu": F.silu(x)}[activation.removesuffix("_no_mul")]
+    first, second = x.chunk(2, dim=-1) if layout != "interleaved" else (x[..., 0::2], x[..., 1::2])
+    gate, up = (second, first) if layout == "up_gate" else (first, second)
+    if activation == "swiglustep":
+        return F.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
+    if activation == "silu":
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return (up + beta) * gate * torch.sigmoid(alpha * gate)
+    functions = {"gelu": F.gelu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"), "relu": F.relu}
+    return functions[activation](gate) * up
 
 
 def opcheck(op: torch._ops.OpOverload, call: Call) -> None:

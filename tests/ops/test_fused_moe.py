@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe_cases import Call, make_moe
+from moe_cases import Call, activate, make_moe
 from torch import Tensor
-from torch.nn import functional as F
 
 import torch_moe_ops as moe
 from torch_moe_ops.activations import ACTIVATIONS
@@ -20,22 +19,6 @@ def through(format: str, x: Tensor, global_scale: Tensor | None) -> Tensor:
     fmt = FORMATS[format]
     values, scale = fmt.quantize(x[None].float(), fmt.act_block, global_scale)
     return fmt.dequantize(values, scale, fmt.act_block, global_scale)[0].double()
-
-
-def activate(gate_up: Tensor, activation: str, layout: str, alpha: float, beta: float, limit: float | None) -> Tensor:
-    x = gate_up.double()
-    if activation.endswith("_no_mul"):
-        return {"relu2": F.relu(x) ** 2, "gelu": F.gelu(x), "silu": F.silu(x)}[activation.removesuffix("_no_mul")]
-    first, second = x.chunk(2) if layout != "interleaved" else (x[0::2], x[1::2])
-    gate, up = (second, first) if layout == "up_gate" else (first, second)
-    if activation == "swiglustep":
-        return F.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
-    if activation == "silu":
-        if limit is not None:
-            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        return (up + beta) * gate * torch.sigmoid(alpha * gate)
-    functions = {"gelu": F.gelu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"), "relu": F.relu}
-    return functions[activation](gate) * up
 
 
 def of_expert(scale: Tensor | None, e: int) -> Tensor | None:
