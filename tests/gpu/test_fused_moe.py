@@ -335,12 +335,14 @@ def test_one_compiled_graph_for_any_number_of_tokens(format: str) -> None:
     def run(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         return moe.fused_moe(x * 2, *call.args[1:3], topk_weights, topk_ids, **call.options) + x
 
-    compiled = torch.compile(run, backend=counter, fullgraph=True, dynamic=True)
+    compiled, compilations = torch.compile(run, backend=counter, fullgraph=True, dynamic=True), []
     for num_tokens in (300, 64, 7, 129):
         some = tokens(call, slice(num_tokens))
         arguments = [tensor.clone() for tensor in (some.args[0], *some.args[3:])]  # dynamo guards on views' bases
         assert torch.equal(compiled(*arguments), run(*arguments)), num_tokens
-    assert counter.frame_count == 1
+        compilations.append(counter.frame_count)
+    # (dynamic=True tries float arguments as symbols first, which makes the first call compile twice.)
+    assert compilations[0] <= 2 and compilations == compilations[:1] * 4
 
 
 # ---- choice and refusals ---------------------------------------------------------------------------------------------
