@@ -20,8 +20,12 @@ __host__ __device__ constexpr bool is_gated(Activation kind) { return kind < Act
 
 #ifdef __CUDACC__
 
+// x * sigmoid(alpha * x) = x / (1 + 2^(-alpha * log2(e) * x)), by the hardware's 2^x and 1/x (relative error < 1e-6 for
+// |alpha * x| < 16). IEEE division took 0.4 ms of a 1.3 ms GEMM with this in its epilogue.
 __device__ __forceinline__ float silu(float x, float alpha) {
-  return __fdiv_rn(x, __fadd_rn(1.f, expf(__fmul_rn(-alpha, x))));  // x * sigmoid(alpha * x)
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(__fmul_rn(x, __fmul_rn(alpha, -1.44269504f))));
+  return __fdividef(x, __fadd_rn(1.f, power));
 }
 
 __device__ __forceinline__ float gelu_erf(float x) {

@@ -61,8 +61,12 @@ Maps run_sort_slots(const Tensor& topk_ids, const std::optional<Tensor>& expert_
   return maps;
 }
 
+// The scales of a row are written together (K-major): MN-major they would be single floats all over memory.
 QuantizedTensors run_permute(const Layer& layer, const Tensor& hidden_states, const float* topk_weights) {
-  QuantizedTensors out = empty_quantized(layer.format, layer.num_rows, layer.hidden_size, hidden_states);
+  const int64_t columns = scale_columns(layer.format, layer.hidden_size);
+  QuantizedTensors out{empty({layer.num_rows, layer.hidden_size}, value_dtype(layer.format), hidden_states),
+                       empty({layer.num_rows, columns}, ScalarType::Float, hidden_states), {}};
+  out.view = {out.values.data_ptr(), out.scale.data_ptr(), layer.hidden_size, columns, 1};
   PermuteArgs args;
   args.hidden_states = hidden_states.data_ptr();
   args.dtype = float_dtype(hidden_states);

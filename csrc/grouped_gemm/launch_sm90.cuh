@@ -62,8 +62,9 @@ cudaError_t launch_element(int32_t rows, const GroupedGemmArgs&, const GatedEpil
 
 template <class Element>
 cudaError_t launch_element_impl(int32_t rows, const GroupedGemmArgs& args, const GatedEpilogue* gated, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
-  // The mean number of tokens per expert is at most num_rows / num_experts (exactly that without expert parallelism).
-  const bool few = args.num_rows <= 64 * int64_t(args.num_experts);
+  // num_rows / num_experts is the mean number of tokens per expert (under expert parallelism more than that). Up to 48,
+  // hardly any expert has more than 64.
+  const bool few = args.num_rows <= 48 * int64_t(args.num_experts);
   if (gated != nullptr)
     return few ? launch_tiles<Config<Element, 64, 2, 2, true>>(args, gated, tile_counter, num_sms, stream)
                : launch_tiles<Config<Element, 128, 2, 2, true>>(args, gated, tile_counter, num_sms, stream);

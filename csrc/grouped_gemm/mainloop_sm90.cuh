@@ -23,13 +23,14 @@ __device__ __forceinline__ void clear(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) d[i] = 0.f;
 }
 
-// Operands of a stage. The 64-row operand of a narrow tile is this warpgroup's weight rows, of a wide one its tokens.
+// Low words of the descriptors of a stage's operands. The 64-row operand of a narrow tile is this warpgroup's weight rows,
+// of a wide one its tokens.
 template <class C, bool kWide>
 struct Operands {
-  uint64_t weights, tokens;
+  uint32_t weights, tokens;
   __device__ Operands(const Smem<C>& smem, int stage, int warpgroup)
-      : weights(smem_descriptor(smem.weights + stage * C::kWeightBytes + (kWide ? 0 : warpgroup * 64 * kRowBytes))),
-        tokens(smem_descriptor(smem.tokens + stage * C::kTokenBytes + (kWide ? warpgroup * 64 * kRowBytes : 0))) {}
+      : weights(descriptor_low(smem.weights + (kWide ? 0 : warpgroup * 64 * kRowBytes)) + stage * (C::kWeightBytes >> 4)),
+        tokens(descriptor_low(smem.tokens + (kWide ? warpgroup * 64 * kRowBytes : 0)) + stage * (C::kTokenBytes >> 4)) {}
 };
 
 // float8, narrow: one wgmma sum for each wave and K block; the second wave multiplies while the first is promoted.

@@ -14,9 +14,14 @@
 namespace moe::sm90 {
 
 // Descriptor of a K-major operand whose rows are 128 bytes, 128-byte swizzle, in groups of eight rows (1024 bytes apart).
-__device__ __forceinline__ uint64_t smem_descriptor(uint32_t address) {
-  constexpr uint64_t kSwizzle128B = uint64_t(1) << 62, kGroupStride = uint64_t(1024 >> 4) << 32, kUnusedLeading = uint64_t(1) << 16;
-  return kSwizzle128B | kGroupStride | kUnusedLeading | ((address & 0x3FFFF) >> 4);
+// Only its low word depends on the address, in units of 16 bytes: steps through an operand are additions to it.
+__device__ __forceinline__ uint32_t descriptor_low(uint32_t address) {
+  constexpr uint32_t kUnusedLeading = 1u << 16;
+  return kUnusedLeading | ((address & 0x3FFFF) >> 4);
+}
+__device__ __forceinline__ uint64_t descriptor(uint32_t low) {
+  constexpr uint32_t kSwizzle128B = 1u << 30, kGroupStride = 1024 >> 4;
+  return uint64_t(kSwizzle128B | kGroupStride) << 32 | low;
 }
 
 template <int kCount>
@@ -52,9 +57,9 @@ struct Mma {
     detail::Instruction<Element, kN>::type::fma(a, b, d[kOffset + kIndex]..., accumulate ? ScaleOut::One : ScaleOut::Zero);
   }
   template <int kCount>
-  __device__ static void run(uint64_t a, uint64_t b, float (&d)[kCount], bool accumulate) {
+  __device__ static void run(uint32_t a, uint32_t b, float (&d)[kCount], bool accumulate) {  // low words
     static_assert(kOffset + kN / 2 <= kCount);
-    expand(a, b, d, accumulate, std::make_index_sequence<kN / 2>{});
+    expand(descriptor(a), descriptor(b), d, accumulate, std::make_index_sequence<kN / 2>{});
   }
 };
 
