@@ -121,9 +121,12 @@ def poison_free_memory() -> None:
 
 
 def reference_error(format: str, num_tokens: int) -> float:
-    """A GEMM on float8 tensor cores is off by about 1.3e-4 of its root mean square: one activation in several hundred falls
-    on the other side of a rounding boundary, which moves it by a float8 step, 1/16 to 1/8 of its value. On average that is
-    3.6e-3 of the output; with few tokens, a single step in a large activation weighs up to twice as much."""
+    """A GEMM on float8 tensor cores is off by about 1.3e-4 of its root mean square.
+
+    So one activation in several hundred falls on the other side of a rounding boundary, which moves it by a float8
+    step, 1/16 to 1/8 of its value. On average that is 3.6e-3 of the output; with few tokens, a single step in a large
+    activation weighs up to twice as much.
+    """
     return REFERENCE_ERROR[format] * (2 if format == "fp8_block" and num_tokens < 64 else 1)
 
 
