@@ -1,8 +1,8 @@
 // out[t] = routed_scaling_factor * sum over k, in order, of topk_weights[t, k] * expert_out[slot_to_row[t, k]],
 // float32.
 //
-// expert_out [P, H], out [T, H]. A thread owns 8 columns of a token and gathers 8 rows at a time: 8 independent 16-byte
-// loads in flight. The order of the sum is fixed and nothing is atomic: deterministic and batch-invariant.
+// expert_out [P, H], out [T, H]. A thread owns 8 columns of a token, or with many tokens 2 x 8, and has 8 independent
+// 16-byte loads in flight. The order of the sum is fixed and nothing is atomic: deterministic and batch-invariant.
 #include <torch/csrc/stable/library.h>
 
 #include "common/launch.h"
@@ -17,16 +17,16 @@ namespace {
 
 constexpr int kLanes = 32;
 
-template <typename T, bool kVectorized>
+// The sums of kChunks chunks of a token, `step` apart.
+template <typename T, bool kVectorized, int kChunks>
 struct Sum {
-  static constexpr int kRowsInFlight = kVectorized ? 8 : 1;
-  float x[kChunk] = {};
+  static constexpr int kRowsInFlight = kVectorized ? 8 / kChunks : 1;
+  float x[kChunks][kChunk] = {};
   bool invalid = false;
 
   // Adds weight * row for kRowsInFlight slots, which lanes slot, slot + 1, .. of the warp hold; row -1 adds nothing.
-  __device__ __forceinline__ void add(const FinalizeArgs& args, int lane_row, float lane_weight, int slot,
-                                      int64_t chunk) {
-    Chunk<T> chunks[kRowsInFlight];
+  __device__ __forceinline__ void add(const FinalizeArgs& args, int lane_row, float lane_weight, int slot, int64_t chunk, int step) {
+    Chunk<T> chunks[kRowsInFlight][kChunks];
     bool present[kRowsInFlight];
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
@@ -34,28 +34,32 @@ struct Sum {
       present[i] = row >= 0 && row < args.num_rows;
       invalid |= !present[i] && row != -1;
       const T* source = static_cast<const T*>(args.expert_out) + row * args.hidden_size;
-      chunks[i] = load_chunk(source, chunk, present[i] ? args.hidden_size : 0, kVectorized);
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c)
+        chunks[i][c] = load_chunk(source, chunk + c * step, present[i] ? args.hidden_size : 0, kVectorized);
     }
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
       const float weight = __shfl_sync(kAllLanes, lane_weight, slot + i);
       if (!present[i]) continue;
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) x[j] = __fadd_rn(x[j], __fmul_rn(weight, to_float(chunks[i].x[j])));
+      for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) x[c][j] = __fadd_rn(x[c][j], __fmul_rn(weight, to_float(chunks[i][c].x[j])));
     }
   }
 };
 
-template <typename T, bool kVectorized>
+template <typename T, bool kVectorized, int kChunks>
 __global__ void __launch_bounds__(kMaxThreads) finalize_kernel(FinalizeArgs args) {
   constexpr Format kOut = std::is_same_v<T, __half> ? Format::fp16 : Format::bf16;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int64_t chunk = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
-  const int lane = threadIdx.x % kLanes;
+  const int64_t chunk = static_cast<int64_t>(blockIdx.y) * blockDim.x * kChunks + threadIdx.x;
+  const int lane = threadIdx.x % kLanes, step = blockDim.x;
   pdl_wait();
   pdl_launch_next();
   if (token >= args.num_tokens) return;
-  Sum<T, kVectorized> sum;
+  Sum<T, kVectorized, kChunks> sum;
   for (int base = 0; base < args.top_k; base += kLanes) {
     const int64_t slot = token * args.top_k + base + lane;
     const bool exists = base + lane < args.top_k;
@@ -63,14 +67,17 @@ __global__ void __launch_bounds__(kMaxThreads) finalize_kernel(FinalizeArgs args
     const float weight = exists && args.topk_weights ? args.topk_weights[slot] : 1.f;
     const int count = min(kLanes, args.top_k - base);
 #pragma unroll 1
-    for (int i = 0; i < count; i += sum.kRowsInFlight) sum.add(args, row, weight, i, chunk);
-  }
-#pragma unroll
-  for (int j = 0; j < kChunk; ++j) {
-    sum.x[j] = sum.invalid ? __int_as_float(0x7fffffff) : __fmul_rn(args.routed_scaling_factor, sum.x[j]);
+    for (int i = 0; i < count; i += sum.kRowsInFlight) sum.add(args, row, weight, i, chunk, step);
   }
   const QuantizedMatrix out{args.out, nullptr, args.hidden_size, 0, 0};
-  store_chunk<kOut>(out, token, chunk, quantize_chunk<kOut>(sum.x, 1.f), kVectorized);
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
+      sum.x[c][j] = sum.invalid ? __int_as_float(0x7fffffff) : __fmul_rn(args.routed_scaling_factor, sum.x[c][j]);
+    }
+    store_chunk<kOut>(out, token, chunk + c * step, quantize_chunk<kOut>(sum.x[c], 1.f), kVectorized);
+  }
 }
 
 }  // namespace
@@ -79,9 +86,11 @@ cudaError_t finalize(const FinalizeArgs& args, cudaStream_t stream) {
   const int64_t chunks = ceil_div(args.hidden_size, kChunk);
   if (args.num_tokens == 0 || chunks == 0) return cudaSuccess;
   const bool vectorized = args.hidden_size % kChunk == 0 && aligned_16(args.expert_out) && aligned_16(args.out);
-  const Tiling tiling = tile_rows(args.num_tokens, chunks, 1);
+  const Tiling tiling = tile_rows(args.num_tokens, chunks, vectorized ? 2 : 1);
   return dispatch_dtype(args.dtype, [&]<typename T>() {
-    auto* kernel = vectorized ? finalize_kernel<T, true> : finalize_kernel<T, false>;
+    auto* kernel = !vectorized                   ? finalize_kernel<T, false, 1>
+                   : tiling.chunks_per_thread == 1 ? finalize_kernel<T, true, 1>
+                                                   : finalize_kernel<T, true, 2>;
     return launch(kernel, tiling.grid, tiling.block, 0, stream, args);
   });
 }
