@@ -79,6 +79,22 @@ def test_one_graph_for_any_number_of_tokens(kind: str, format: str) -> None:
     assert len(compilations) <= 2
 
 
+def test_by_default_only_sizes_0_and_1_compile_again() -> None:
+    torch._dynamo.reset()
+    compilations = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[Tensor]):  # noqa: ANN202
+        compilations.append(graph)
+        return graph
+
+    eager = module("fused", "bf16")
+    compiled = torch.compile(eager, backend=backend, fullgraph=True, dynamic=True)
+    for num_tokens in (64, 7, 300, 1, 2049, 0, 33):
+        x, logits = inputs(num_tokens)
+        assert torch.equal(compiled(x, logits), eager(x, logits)), num_tokens
+    assert len(compilations) <= 3
+
+
 @pytest.mark.parametrize("format", STEPS)
 @pytest.mark.parametrize("kind", ["fused", "stages"])
 def test_export_round_trip(kind: str, format: str, tmp_path: Path) -> None:
