@@ -30,6 +30,8 @@ const char* grouped_gemm_sm90_why_not(const GroupedGemmArgs& args) {
   if (args.ab_dtype != DType::bfloat16 && args.ab_dtype != DType::float16 && args.ab_dtype != DType::float8_e4m3)
     return "a and b must be bfloat16, float16 or float8_e4m3fn";
   if (args.k * element % 16 != 0) return "rows of a and b must be a multiple of 16 bytes long (TMA)";
+  if (reinterpret_cast<uintptr_t>(args.a) % 16 != 0 || reinterpret_cast<uintptr_t>(args.b) % 16 != 0)
+    return "a and b must start at multiples of 16 bytes (TMA)";
   if (args.n % args.b_parts != 0 || args.n / args.b_parts % 8 != 0) return "each part of b must have a multiple of 8 rows (16-byte stores)";
   if (args.num_experts > sm90::kMaxExperts) return "at most 1024 experts";
   return nullptr;
