@@ -60,7 +60,7 @@ fused_moe on cuda (sm90), int8, n 4096 k 7168, n 7168 k 2048
 
 grouped_gemm on cuda (sm103), fp8_block, n 4096 k 7168
   cutlass_sm90  no: needs sm90, got sm103
-  cutlass_sm100 yes
+  cutlass_sm100 yes (compiled, inspected, not executed)
   cutlass_sm120 no: needs sm120 or sm121, got sm103
   cutlass_sm80  no: multiplies bf16, fp16, int8, got fp8_block
   triton        yes, after cutlass_sm100

@@ -49,6 +49,10 @@ K_AND_N = {
 }
 
 
+# Nobody has run these kernels yet: docs/blackwell.md.
+NOT_EXECUTED = ("cutlass_sm100", "cutlass_sm120")
+
+
 class Gemm(NamedTuple):
     """A weight [n, k] of an expert, as `parts` equally tall matrices on top of each other."""
 
@@ -105,6 +109,7 @@ class Explanation:
                 says = f"no: {verdict.reason}"
             else:
                 says = "yes" if verdict.backend == self.backend else f"yes, after {self.backend}"
+                says += " (compiled, inspected, not executed)" * (verdict.backend in NOT_EXECUTED)
             lines.append(f"  {verdict.backend:<14}{says}")
         return "\n".join(lines)
 
