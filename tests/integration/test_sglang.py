@@ -215,6 +215,18 @@ def test_experts_of_other_ranks_are_left_out() -> None:
     assert not output[0].any()
 
 
+def test_tensor_parallel_ranks_add_up() -> None:
+    """Each rank has half of the intermediate columns, gate and up alike; the ranks' outputs are summed."""
+    layer, dispatched, total = make_layer(), make_dispatched(), 0
+    gate, up = layer.w13_weight.chunk(2, dim=1)
+    for half in (slice(0, I // 2), slice(I // 2, I)):
+        rank = make_layer()
+        rank.w13_weight = torch.cat([gate[:, half], up[:, half]], dim=1)
+        rank.w2_weight = layer.w2_weight[:, :, half].contiguous()
+        total += run(make_method(), rank, make_config(), dispatched).double()
+    expect_close(layer, dispatched, silu_mul, total)
+
+
 def test_router_weight_on_the_input() -> None:
     layer, dispatched = make_layer(), make_dispatched(top_k=1)
     config = make_config(apply_router_weight_on_input=True, top_k=1)
