@@ -21,7 +21,8 @@ __host__ __device__ constexpr bool is_gated(Activation kind) { return kind < Act
 #ifdef __CUDACC__
 
 // x * sigmoid(alpha * x) = x / (1 + 2^(-alpha * log2(e) * x)), by the hardware's 2^x and 1/x (relative error < 1e-6 for
-// |alpha * x| < 16). IEEE division took 0.4 ms of a 1.3 ms GEMM with this in its epilogue.
+// |alpha * x| < 16). With IEEE division, Qwen3-30B's GEMM1 with this
+// in its epilogue took 29 % longer than without; with this 10 % (H200, fp8_block, 8192 tokens).
 __device__ __forceinline__ float silu(float x, float alpha) {
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(__fmul_rn(x, __fmul_rn(alpha, -1.44269504f))));
