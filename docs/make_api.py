@@ -23,7 +23,7 @@ Name -> `torch_moe_ops.formats.Format`: the table in [ops.md](ops.md#formats).
 ORDER = (
     ("fused_moe", "Experts", "Experts.from_weights", "Experts.forward", "Experts.options")
     + ("topk", "sort_slots", "quantize", "permute", "grouped_gemm", "act_mul", "finalize")
-    + ("max_rows", "workspace_bytes", "explain", "build_info")
+    + ("pack_scale", "unpack_scale", "max_rows", "workspace_bytes", "explain", "build_info")
 )
 
 

@@ -31,6 +31,8 @@ def valid(op: str) -> Call:
         "permute": Call(torch.randn(3, 8).bfloat16(), ROUTING[1], 6),
         "act_mul": Call(torch.randn(6, 16).bfloat16(), ROUTING[0]),
         "finalize": Call(torch.randn(6, 8), ROUTING[1]),
+        "pack_scale": Call(torch.zeros(256, 10).to(torch.float8_e4m3fn), "atom"),
+        "unpack_scale": Call(torch.zeros(3, 2, 256).int().mT, "utccp", 256, 5, torch.float8_e4m3fn),
     }[op]
 
 
@@ -273,11 +275,76 @@ fused_moe: expert_map: expected int32 [Eg] on cpu, got int32 [2, 2] on cpu""",
     )
 
 
+def test_pack_scale() -> None:
+    offsets = torch.tensor([0, 100, 256]).int()
+    assert_expected_inline(
+        refusals(
+            "pack_scale",
+            ((torch.zeros(256, 10),), {}),
+            ((torch.zeros(256).to(torch.uint8),), {}),
+            ((torch.zeros(256, 10).to(torch.uint8), "swizzled"), {}),
+            ((torch.zeros(200, 10).to(torch.uint8), "utccp"), {}),
+            ((torch.zeros(256, 10).to(torch.uint8), "words"), {"expert_offsets": offsets}),
+            ((torch.zeros(2, 256, 10).to(torch.uint8),), {"expert_offsets": offsets}),
+            ((), {"expert_offsets": offsets.long()}),
+        ),
+        """\
+pack_scale: scale: expected one byte a scale, [rows, columns] or [E, rows, columns], got float32 [256, 10] on cpu
+pack_scale: scale: expected one byte a scale, [rows, columns] or [E, rows, columns], got uint8 [256] on cpu
+pack_scale: layout: expected one of words, words_mn, utccp, atom, got swizzled
+pack_scale: rows: expected a multiple of 128 for utccp, got 200
+pack_scale: expert_offsets: expected none but for one matrix in the layout atom, got [3]
+pack_scale: expert_offsets: expected none but for one matrix in the layout atom, got [3]
+pack_scale: expert_offsets: expected int32 [E + 1] on cpu, got int64 [3] on cpu""",
+    )
+
+
+def test_unpack_scale() -> None:
+    """The mistakes that a kernel would turn into shifted scales."""
+    e4m3, words = torch.float8_e4m3fn, torch.zeros(256, 2).int()
+    assert_expected_inline(
+        refusals(
+            "unpack_scale",
+            ((torch.zeros(256, 12).to(e4m3),), {}),  # not packed
+            ((words.to(torch.int16),), {}),  # wrong packing dtype
+            ((words,), {}),  # K-major where MN-major is needed
+            ((words[:128],), {}),  # too small
+            ((words.mT.contiguous().mT, "utccp", 250, 10), {}),
+            ((words, "words", 256, 10, torch.int8), {}),
+            ((words, "words", -1, 10), {}),
+            ((torch.zeros(256, 4).to(e4m3), "atom", 256, 3, e4m3), {}),  # not packed
+            ((torch.zeros(1, 1, 32, 4, 4).to(e4m3), "atom", 256, 3, e4m3), {}),  # too small
+            ((torch.zeros(2, 1, 32, 4, 4).to(e4m3), "atom", 256, 3, torch.uint8), {}),  # another format's
+        ),
+        """\
+unpack_scale: packed: expected int32 [256, 2] on cpu, got float8_e4m3fn [256, 12] on cpu
+unpack_scale: packed: expected int32 [256, 2] on cpu, got int16 [256, 2] on cpu
+unpack_scale: packed: expected MN-major words, strides [1, ..] for utccp, got [2, 1]
+unpack_scale: packed: expected int32 [256, 2] on cpu, got int32 [128, 2] on cpu
+unpack_scale: rows: expected a multiple of 128 for utccp, got 250
+unpack_scale: dtype: expected one of float8_e4m3fn, float8_e8m0fnu, uint8, got int8
+unpack_scale: rows: expected at least 0, got -1
+unpack_scale: packed: expected float8_e4m3fn or uint8 [2, 1, 32, 4, 4] on cpu, got float8_e4m3fn [256, 4] on cpu
+unpack_scale: packed: expected float8_e4m3fn or uint8 [2, 1, 32, 4, 4] on cpu, got float8_e4m3fn [1, 1, 32, 4, 4] on cpu
+unpack_scale: packed: expected uint8 [2, 1, 32, 4, 4] on cpu, got float8_e4m3fn [2, 1, 32, 4, 4] on cpu""",
+    )
+
+
+def test_unpack_scale_of_words_that_tma_cannot_read() -> None:
+    call = valid("unpack_scale").but(torch.zeros(1000).int().as_strided((256, 2), (1, 258)))
+    line = message(torch.ops.moe.unpack_scale.default, call)
+    assert message(torch.ops.moe.unpack_scale.reference, call) == line
+    assert_expected_inline(
+        line,
+        """unpack_scale: packed: expected strides [1, a multiple of 4 from 256 on] (16 bytes, for TMA), got [1, 258]""",
+    )
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_grad_is_refused(op: str) -> None:
     """By the op, by a backend called by name, and when compiling; not without grad mode."""
-    if op == "sort_slots":
-        pytest.skip("takes integers only")
+    if op in ("sort_slots", "pack_scale", "unpack_scale"):
+        pytest.skip("takes integers and bytes only")
     call = valid(op)
     names = [argument.name for argument in getattr(torch.ops.moe, op).default._schema.arguments]
     position = next((i for i, a in enumerate(call.args) if a.is_floating_point() and a.element_size() > 1), None)

@@ -10,6 +10,7 @@ from torch import Tensor
 import torch_moe_ops as moe
 from torch_moe_ops.backends import GEMM_FORMATS, GEMM_OPS, built_backends
 from torch_moe_ops.formats import FORMATS, quantize_weight
+from torch_moe_ops.scale_layouts import SCALE_LAYOUTS
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
@@ -83,6 +84,19 @@ def test_finalize(device: str) -> None:
 
 def test_fused_moe(device: str, format: str) -> None:
     check("fused_moe", device, make_moe(format, num_tokens=5, bias=True), format)
+
+
+@pytest.mark.parametrize("layout", SCALE_LAYOUTS)
+@pytest.mark.parametrize("shape", [(256, 10), (3, 128, 9)])
+def test_pack_scale_and_unpack_scale(device: str, layout: str, shape: tuple[int, ...]) -> None:
+    scale = torch.randint(0, 255, shape).to(torch.uint8)  # no NaN, which opcheck finds unequal
+    options = [{}]
+    if layout == "atom" and len(shape) == 2:
+        options.append({"expert_offsets": torch.tensor([0, 100, 100, 256]).int()})
+    for option in options:
+        check("pack_scale", device, Call(scale.view(torch.float8_e8m0fnu), layout, **option))
+        packed = moe.pack_scale(scale, layout, **option)
+        check("unpack_scale", device, Call(packed, layout, *shape[-2:], torch.uint8, **option))
 
 
 def test_strides_of_fake_and_real_results(device: str, format: str) -> None:

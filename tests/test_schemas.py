@@ -10,6 +10,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
+from torch_moe_ops._library import READS_STRIDED_SCALES
 from torch_moe_ops.backends import CANDIDATES, OPS
 
 LAYERS = {"ops": "{op}", "reference": "{op}", "triton": "{op}", "meta_kernels": "check"}
@@ -46,7 +47,10 @@ moe::fused_moe(Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights,
     Tensor? a13_global_scale=None, Tensor? a2_global_scale=None, Tensor? w13_bias=None, Tensor? w2_bias=None,
     Tensor? expert_map=None, str format="bf16", str act_format="", str activation="silu", float alpha=1.,
     float beta=0., float? limit=None, float routed_scaling_factor=1., bool apply_router_weight_on_input=False,
-    str w13_layout="gate_up") -> Tensor""",
+    str w13_layout="gate_up") -> Tensor
+moe::pack_scale(Tensor scale, str layout, *, Tensor? expert_offsets=None) -> Tensor
+moe::unpack_scale(Tensor packed, str layout, SymInt rows, SymInt columns, ScalarType dtype, *, Tensor?
+    expert_offsets=None) -> Tensor""",
     )
 
 
@@ -65,7 +69,7 @@ def test_ops_are_functional_and_tagged(op: str) -> None:
         schema, tags = overload(op, name)._schema, overload(op, name).tags
         assert not schema.is_mutable and all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
         assert torch.Tag.pt2_compliant_tag in tags
-        assert (torch.Tag.needs_exact_strides in tags) == (op in ("grouped_gemm", "fused_moe"))
+        assert (torch.Tag.needs_exact_strides in tags) == (op in READS_STRIDED_SCALES)
 
 
 @pytest.mark.parametrize("layer", LAYERS)

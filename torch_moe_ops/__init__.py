@@ -15,10 +15,12 @@ from .ops.act_mul import act_mul
 from .ops.finalize import finalize
 from .ops.fused_moe import fused_moe
 from .ops.grouped_gemm import grouped_gemm
+from .ops.pack_scale import pack_scale
 from .ops.permute import permute
 from .ops.quantize import quantize
 from .ops.sort_slots import sort_slots
 from .ops.topk import topk
+from .ops.unpack_scale import unpack_scale
 
 try:
     __version__ = version("torch_moe_ops")
@@ -35,9 +37,11 @@ __all__ = [
     "fused_moe",
     "grouped_gemm",
     "max_rows",
+    "pack_scale",
     "permute",
     "quantize",
     "sort_slots",
     "topk",
+    "unpack_scale",
     "workspace_bytes",
 ]

@@ -28,8 +28,8 @@ from .meta_kernels._check import expect_no_grad, refuse, stand_in, static_facts
 LIBRARY = Library("moe", "DEF")
 SHARED_LIBRARY = Path(__file__).with_name("_C.so")
 
-# Weight scales may come in any strides: Inductor must hand them over as they are.
-READS_STRIDED_SCALES = ("grouped_gemm", "fused_moe")
+# Scales may come in any strides, and packed ones in particular strides: Inductor must hand them over as they are.
+READS_STRIDED_SCALES = ("grouped_gemm", "fused_moe", "pack_scale", "unpack_scale")
 
 # Sets of static facts that `default` of an op remembers, about 2 KiB each: every number of tokens of a few layers.
 REMEMBERED_CALLS = 4096

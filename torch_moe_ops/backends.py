@@ -29,6 +29,8 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "act_mul": STAGE,
     "finalize": STAGE,
     "fused_moe": ("cutlass_sm90", "triton", "reference"),
+    "pack_scale": STAGE,
+    "unpack_scale": STAGE,
 }
 OPS = tuple(CANDIDATES)
 

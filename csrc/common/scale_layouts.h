@@ -1,0 +1,61 @@
+// Where one-byte scales [rows, columns] lie for a kernel: torch_moe_ops/scale_layouts.py in C++. Free of torch.
+//
+// All layouts keep words: four columns of a row, the first in the lowest byte. A layout is an order of the rows ("place"
+// q holds row `row_at(q)`) and of the words. All functions also run on the host.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace moe {
+
+enum class ScaleLayout : int { words, words_mn, utccp, atom };
+
+constexpr int64_t kAtomRows = 128;
+constexpr int64_t kWordColumns = 4;
+
+// Whether each 128 rows stand as a 32x4 matrix: row 32j + l at place 4l + j.
+constexpr bool is_interleaved(ScaleLayout layout) { return layout == ScaleLayout::utccp || layout == ScaleLayout::atom; }
+
+__host__ __device__ constexpr int64_t row_at(ScaleLayout layout, int64_t place) {
+  if (!is_interleaved(layout)) return place;
+  const int64_t local = place % kAtomRows;
+  return place - local + local % 4 * 32 + local / 4;
+}
+
+__host__ __device__ constexpr int64_t place_of(ScaleLayout layout, int64_t row) {
+  if (!is_interleaved(layout)) return row;
+  const int64_t local = row % kAtomRows;
+  return row - local + local % 32 * 4 + local / 32;
+}
+
+// `words` is the number of words of a row; `stride_word`, of the MN-major layouts, the words between two columns of words.
+__host__ __device__ constexpr int64_t word_index(ScaleLayout layout, int64_t place, int64_t word, int64_t words,
+                                                 int64_t stride_word) {
+  switch (layout) {
+    case ScaleLayout::words: return place * words + word;
+    case ScaleLayout::atom: return (place / kAtomRows * words + word) * kAtomRows + place % kAtomRows;
+    default: return word * stride_word + place;
+  }
+}
+
+// The row of atoms at which those of an expert start, from the expert's first row alone: since
+// floor(a + b) >= floor(a) + floor(b), no expert reaches the next one's first atom.
+__host__ __device__ constexpr int64_t first_atom_row(int64_t first_row, int64_t expert) {
+  return (first_row + (kAtomRows - 1) * expert) / kAtomRows;
+}
+
+// A batch of matrices of scales, as strided bytes and as packed words.
+struct ScaleArgs {
+  uint8_t* scale = nullptr;
+  int64_t matrices = 1, rows = 0, columns = 0;
+  int64_t stride_matrix = 0, stride_row = 0, stride_column = 0;
+  ScaleLayout layout = ScaleLayout::words;
+  uint32_t* packed = nullptr;
+  int64_t places = 0;  // rows of packed, padding included
+  int64_t packed_matrix = 0, stride_word = 0;
+  const int32_t* expert_offsets = nullptr;  // [num_experts + 1] or null; atom only
+  int32_t num_experts = 0;
+};
+
+}  // namespace moe

@@ -1,0 +1,20 @@
+"""packed -> scale [..., rows, columns]: the inverse of pack_scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..scale_layouts import unpack
+
+
+def unpack_scale(
+    packed: Tensor,
+    layout: str,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    *,
+    expert_offsets: Tensor | None = None,
+) -> Tensor:
+    return unpack(packed, layout, rows, columns, dtype, expert_offsets)
