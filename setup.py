@@ -1,4 +1,5 @@
 """Build of torch_moe_ops: Python packages and one library, torch_moe_ops/_C.so = link(compile(csrc/**/*.{cu,cpp})).
+Where pybind11 is installed, csrc/host becomes the module torch_moe_ops._host beside it, which only tests use.
 
 The library uses LibTorch's stable ABI only, so one build serves every Python and every torch >= 2.11 (wheel tag
 py3-none-<platform>). Without nvcc, without a C++ compiler, or with an empty TORCH_MOE_CUDA_ARCH_LIST there is no
@@ -29,6 +30,8 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 LIBRARY = "torch_moe_ops/_C.so"
 BUILD_INFO = "torch_moe_ops/_build_info.json"
+HOST_MODULE = f"torch_moe_ops/_host{sysconfig.get_config_var('EXT_SUFFIX')}"  # for tests; of this Python only
+OUTPUTS = (LIBRARY, BUILD_INFO, HOST_MODULE)
 
 TORCH_REQUIREMENT = "torch>=2.11"
 TORCH_TARGET_VERSION = "0x020B000000000000"  # 2.11: the first stable ABI with every dtype and argument type we use
@@ -170,6 +173,14 @@ def find_cutlass(env: Mapping[str, str], places: Iterable[Path]) -> Path | None:
     return next((path for path in candidates if (cutlass_version(path) or (0,)) >= CUTLASS_MINIMUM), None)
 
 
+def find_pybind(places: Iterable[Path]) -> Path | None:
+    """pybind11's header directory, if it is installed next to Python's headers; never asked of pip."""
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return None
+    candidates = (place / "pybind11/include" for place in places)
+    return next((path for path in candidates if (path / "pybind11/pybind11.h").is_file()), None)
+
+
 def first_program(names: Iterable[str | None], env: Mapping[str, str]) -> str | None:
     found = (shutil.which(name, path=env.get("PATH")) for name in names if name)
     return next((program for program in found if program), None)
@@ -203,6 +214,7 @@ class Plan:
     cxx: str | None = None
     torch_include: Path | None = None
     cutlass_include: Path | None = None
+    pybind_include: Path | None = None
 
     @property
     def families(self) -> list[str]:
@@ -232,7 +244,8 @@ def make_plan(env: Mapping[str, str] = os.environ, places: Iterable[Path] | None
     if not (arches := choose_arches(env, nvcc_version(nvcc))):
         empty = "TORCH_MOE_CUDA_ARCH_LIST" in env
         return Plan(why_no_library="TORCH_MOE_CUDA_ARCH_LIST is empty" if empty else "nvcc is older than 12.0")
-    return Plan(arches, None, nvcc, cxx, find_torch(env, places), find_cutlass(env, places))
+    headers = find_torch(env, places), find_cutlass(env, places), find_pybind(places)
+    return Plan(arches, None, nvcc, cxx, *headers)
 
 
 # ninja ----------------------------------------------------------------------------------------------------------------
@@ -274,19 +287,30 @@ def ninja_file(plan: Plan, sources: Iterable[Path], library: Path) -> str:
         f"  command = {escape(plan.nvcc)} -ccbin {escape(plan.cxx)} -shared -cudart static --no-device-link $in -o $out"
         " -Xlinker --no-as-needed,libtorch_cpu.so,--exclude-libs,ALL",
         "  description = link _C.so",
+        "rule link_module",
+        f"  command = {escape(plan.cxx)} -shared $in -o $out",
+        "  description = link _host",
         "build libtorch_cpu.so: stub",
     ]
-    objects = []
+    objects, module_objects = [], []
     for source in sources:
-        if source.suffix == ".cpp":
+        name = source.relative_to(CSRC)
+        linked = module_objects if name.parts[0] == "host" else objects
+        if linked is module_objects:
+            if not plan.pybind_include:
+                continue
+            extra = [f"-isystem {escape(path)}" for path in (plan.pybind_include, sysconfig.get_path("include"))]
+        elif source.suffix == ".cpp":
             extra = [f"-DTORCH_MOE_{name.upper()}" for name in plan.families]
         elif arches := source_arches(source, plan.arches):
             extra = [*DEVICE_FLAGS, *gencode_flags(arches)]
         else:
             continue
-        name = source.relative_to(CSRC)
-        objects.append(escape(f"{name}.o"))
-        lines += [f"build {objects[-1]}: compile {escape(source)}", f"  name = {name}", f"  extra = {' '.join(extra)}"]
+        linked.append(escape(f"{name}.o"))
+        lines += [f"build {linked[-1]}: compile {escape(source)}", f"  name = {name}", f"  extra = {' '.join(extra)}"]
+    if module_objects:
+        module = library.with_name(Path(HOST_MODULE).name)
+        lines.append(f"build {escape(module)}: link_module {' '.join(module_objects)}")
     lines += [f"build {escape(library)}: link {' '.join(objects)} | libtorch_cpu.so", ""]
     return "\n".join(lines)
 
@@ -354,9 +378,11 @@ class BuildLibrary(build_ext):
         else:
             print(f"torch_moe_ops: no CUDA kernels in this build: {plan.why_no_library}", flush=True)
             library.unlink(missing_ok=True)
+        if not plan.pybind_include:
+            (ROOT / HOST_MODULE).unlink(missing_ok=True)
         (ROOT / BUILD_INFO).write_text(json.dumps(build_info(plan), indent=2) + "\n")
         if not self.inplace:
-            for output in (LIBRARY, BUILD_INFO):
+            for output in OUTPUTS:
                 self.copy_output(output)
 
     def copy_output(self, output: str) -> None:
@@ -370,7 +396,7 @@ class BuildLibrary(build_ext):
         return [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*")) if path.is_file()]
 
     def get_outputs(self) -> list[str]:
-        return [] if self.inplace else [f"{self.build_lib}/{name}" for name in (LIBRARY, BUILD_INFO)]
+        return [] if self.inplace else [f"{self.build_lib}/{name}" for name in OUTPUTS]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

@@ -196,6 +196,23 @@ def test_ninja_file_compiles_each_source_for_its_architectures(tmp_path: Path) -
     assert "-DTORCH_MOE_SM100" not in text
 
 
+def test_the_host_module_is_built_where_pybind11_is_installed(tmp_path: Path) -> None:
+    make_torch(tmp_path)
+    make_cutlass(tmp_path / "deep_gemm/include")
+    env = make_tools(tmp_path) | {"TORCH_MOE_CUDA_ARCH_LIST": "80"}
+    sources = [setup.CSRC / name for name in ("host/host.cpp", "topk/topk.cu")]
+    for is_installed in (False, True):
+        if is_installed:
+            make_program(tmp_path / "pybind11/include/pybind11/pybind11.h")
+        plan = setup.make_plan(env, [tmp_path])
+        text = setup.ninja_file(plan, sources, tmp_path / "_C.so")
+        assert ("link_module host/host.cpp.o\n" in text) == (plan.pybind_include is not None)
+        assert re.search(r"_C\.so: link (.*) \|", text)[1] == "topk/topk.cu.o"
+        has_python_headers = Path(setup.sysconfig.get_path("include"), "Python.h").is_file()
+        assert (plan.pybind_include is not None) == (is_installed and has_python_headers)
+        assert plan.missing == []  # never asked of pip
+
+
 def test_job_count_is_bounded_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MAX_JOBS", raising=False)
     monkeypatch.setattr(setup.os, "sched_getaffinity", lambda pid: set(range(64)))

@@ -38,7 +38,7 @@ def tree(tmp_path: Path) -> Path:
     copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
-    ignore = shutil.ignore_patterns("_C.so", "_build_info.json", "__pycache__")
+    ignore = shutil.ignore_patterns("_C.so", "_host.*", "_build_info.json", "__pycache__")
     for name in ("torch_moe_ops", "meta_kernels", "integration"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
     (copy / "csrc/trial").mkdir(parents=True)

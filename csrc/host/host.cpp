@@ -1,0 +1,119 @@
+// torch_moe_ops._host, for tests without a GPU: CuTe's own layout of block scales, and the kernels' device code compiled
+// for the CPU. Optional (it needs pybind11), free of torch.
+//
+//   cute_scale_offsets(block_k, rows, columns)   byte offset of each scale (m, k) in CUTLASS's layout, int32 [rows, columns]
+//   cute_scale_cosize(block_k, rows, columns)    bytes that layout takes
+//   scale_offsets(layout, rows, columns)         the same from common/scale_layouts.h, which pack_scale's kernel runs
+//   quantize_block(format, x, global_scale)      common/quantize.cuh: float32 [n] -> (value bytes, stored scale)
+// Arrays come and go as bytes.
+#include "host/device_shims.h"
+
+#include <pybind11/pybind11.h>
+
+#include <cutlass/detail/sm100_blockscaled_layout.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/quantize.cuh"
+#include "common/scale_layouts.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+py::bytes to_bytes(const std::vector<T>& items) {
+  return {reinterpret_cast<const char*>(items.data()), items.size() * sizeof(T)};
+}
+
+template <typename Function>
+py::bytes each_scale(int rows, int columns, Function&& offset_of) {
+  std::vector<int32_t> offsets;
+  for (int row = 0; row < rows; ++row) {
+    for (int column = 0; column < columns; ++column) offsets.push_back(static_cast<int32_t>(offset_of(row, column)));
+  }
+  return to_bytes(offsets);
+}
+
+// Coordinates of the layout count elements along k, not scales.
+template <int kBlockK>
+auto cute_layout(int rows, int columns) {
+  using Config = cutlass::detail::Sm1xxBlockScaledConfig<kBlockK>;
+  return Config::tile_atom_to_shape_SFA(cute::make_shape(rows, 0, columns * kBlockK, 1));
+}
+
+template <typename Function>
+auto with_cute_layout(int block_k, int rows, int columns, Function&& function) {
+  if (block_k != 16 && block_k != 32) throw py::value_error("cute_scale: block_k: expected 16 or 32");
+  return block_k == 16 ? function(cute_layout<16>(rows, columns)) : function(cute_layout<32>(rows, columns));
+}
+
+py::bytes cute_scale_offsets(int block_k, int rows, int columns) {
+  return with_cute_layout(block_k, rows, columns, [&](auto layout) {
+    return each_scale(rows, columns,
+                      [&](int row, int column) { return layout(cute::make_coord(row, column * block_k, 0)); });
+  });
+}
+
+int64_t cute_scale_cosize(int block_k, int rows, int columns) {
+  return with_cute_layout(block_k, rows, columns,
+                          [](auto layout) { return static_cast<int64_t>(cute::cosize(layout)); });
+}
+
+py::bytes scale_offsets(int layout, int rows, int columns) {
+  using namespace moe;
+  const auto which = static_cast<ScaleLayout>(layout);
+  return each_scale(rows, columns, [&](int row, int column) {
+    const int64_t word = word_index(which, place_of(which, row), column / kWordColumns,
+                                    ceil_div(columns, kWordColumns), round_up(rows, 4));
+    return word * kWordColumns + column % kWordColumns;
+  });
+}
+
+// One block as the lanes of a warp quantise it together: the amax of their chunks, one scale, each chunk's values.
+template <moe::Format kFormat>
+std::pair<py::bytes, uint32_t> quantize_chunks(const std::vector<float>& x, float global_scale) {
+  using namespace moe;
+  std::vector<uint32_t> words;
+  float amax = 0.f, chunk[kChunk];
+  const auto load = [&](size_t first) {
+    for (int i = 0; i < kChunk; ++i) chunk[i] = first + i < x.size() ? x[first + i] : 0.f;
+  };
+  for (size_t first = 0; first < x.size(); first += kChunk) {
+    load(first);
+    amax = fmaxf(amax, chunk_amax(chunk));
+  }
+  const Scale scale = make_scale<kFormat>(amax, global_scale);
+  for (size_t first = 0; first < x.size(); first += kChunk) {
+    load(first);
+    for (float& element : chunk) element = __fmul_rn(element, scale.inverse);
+    uint32_t encoded[chunk_bytes(kFormat) / 4];
+    encode_chunk<kFormat>(chunk, encoded);
+    words.insert(words.end(), std::begin(encoded), std::end(encoded));
+  }
+  return {to_bytes(words), scale.stored};
+}
+
+std::pair<py::bytes, uint32_t> quantize_block(const std::string& format, const std::string& x, float global_scale) {
+  using moe::Format;
+  std::vector<float> floats(x.size() / sizeof(float));
+  std::copy_n(x.data(), floats.size() * sizeof(float), reinterpret_cast<char*>(floats.data()));
+  if (format == "int8") return quantize_chunks<Format::int8>(floats, global_scale);
+  if (format == "fp8_block") return quantize_chunks<Format::fp8_block>(floats, global_scale);
+  if (format == "mxfp8") return quantize_chunks<Format::mxfp8>(floats, global_scale);
+  if (format == "mxfp4") return quantize_chunks<Format::mxfp4>(floats, global_scale);
+  if (format == "nvfp4") return quantize_chunks<Format::nvfp4>(floats, global_scale);
+  throw py::value_error("quantize_block: format: expected one of int8, fp8_block, mxfp8, mxfp4, nvfp4, got " + format);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, module) {
+  using namespace py::literals;
+  module.doc() = "CuTe's layout of block scales, and device code of the kernels, on the CPU (for tests).";
+  module.def("cute_scale_offsets", &cute_scale_offsets, "block_k"_a, "rows"_a, "columns"_a);
+  module.def("cute_scale_cosize", &cute_scale_cosize, "block_k"_a, "rows"_a, "columns"_a);
+  module.def("scale_offsets", &scale_offsets, "layout"_a, "rows"_a, "columns"_a);
+  module.def("quantize_block", &quantize_block, "format"_a, "x"_a, "global_scale"_a = 1.f);
+}

@@ -1,0 +1,138 @@
+"""Oracles from C++ on a CPU (torch_moe_ops._host): CuTe's layout of block scales against ours, and the device code of
+the CUDA quantisers against torch_moe_ops.formats. Skipped where the build found no pybind11."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import torch_moe_ops as moe
+from torch_moe_ops.formats import FORMATS
+from torch_moe_ops.scale_layouts import SCALE_LAYOUTS
+
+host = pytest.importorskip("torch_moe_ops._host", reason="needs the optional module, which is built with pybind11")
+
+# (rows, columns) of scales; whole atoms and ragged ones, several in both directions.
+SHAPES = [(1, 1), (128, 4), (128, 28), (130, 7), (256, 100), (300, 33), (640, 112)]
+
+
+def offsets(data: bytes, rows: int, columns: int) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.int32).view(rows, columns).long()
+
+
+def atoms_by_offsets(scale: Tensor, where: Tensor, size: int) -> Tensor:
+    storage = torch.zeros(size, dtype=torch.uint8)
+    storage[where.flatten()] = scale.flatten()
+    return storage
+
+
+@pytest.mark.parametrize("block_k", [16, 32])
+@pytest.mark.parametrize("rows, columns", SHAPES)
+def test_s2_4_atoms_are_those_of_cute(block_k: int, rows: int, columns: int) -> None:
+    scale = torch.randint(1, 256, (rows, columns)).to(torch.uint8)
+    where = offsets(host.cute_scale_offsets(block_k, rows, columns), rows, columns)
+    size = host.cute_scale_cosize(block_k, rows, columns)
+    packed = moe.pack_scale(scale, "atom")
+    assert packed.numel() == size == -(-rows // 128) * 128 * -(-columns // 4) * 4  # S2-7: cosize, not size
+    assert torch.equal(packed.flatten(), atoms_by_offsets(scale, where, size))
+
+
+@pytest.mark.parametrize("block_k", [16, 32])
+def test_s2_5_the_probes_land_where_cute_reads(block_k: int) -> None:
+    where = offsets(host.cute_scale_offsets(block_k, 256, 112), 256, 112)
+    for m, k in [(1, 0), (32, 0), (128, 0), (0, 1), (0, 4), (0, 100)]:
+        scale = torch.zeros(256, 112, dtype=torch.uint8)
+        scale[m, k] = 0x40  # 2.0
+        assert moe.pack_scale(scale, "atom").flatten().nonzero().flatten().tolist() == [where[m, k]]
+
+
+def test_deepseek_v4_pro_sizes() -> None:
+    """S2-8: w13's scales of the 48 local experts take 6144 x 448 bytes each, 126 MiB a layer, not 16 times that."""
+    size = host.cute_scale_cosize(16, 6144, 448)
+    assert size == 6144 * 448 and 48 * size == 126 * 2**20
+    shape = moe.pack_scale(torch.empty(48, 6144, 448, dtype=torch.uint8, device="meta"), "atom").shape
+    assert shape.numel() == 48 * size
+
+
+@pytest.mark.parametrize("layout", SCALE_LAYOUTS)
+@pytest.mark.parametrize("rows, columns", SHAPES)
+def test_the_kernels_index_as_the_reference_packs(layout: str, rows: int, columns: int) -> None:
+    if layout == "utccp":
+        rows = -(-rows // 128) * 128
+    scale = torch.randint(1, 256, (rows, columns)).to(torch.uint8)
+    where = offsets(host.scale_offsets(SCALE_LAYOUTS.index(layout), rows, columns), rows, columns)
+    packed = moe.pack_scale(scale, layout)
+    size = 1 + sum((n - 1) * stride for n, stride in zip(packed.shape, packed.stride(), strict=True))
+    storage = packed.as_strided((size,), (1,)).view(torch.uint8)
+    assert torch.equal(storage[where], scale)
+
+
+# ---- quantisers ------------------------------------------------------------------------------------------------------
+
+QUANTISED = [name for name, format in FORMATS.items() if format.has_scale]
+# Blocks that break quantisers: nothing, one number, NaN, infinity, denormals, ties, the ends of every type.
+AWKWARD = [
+    [0.0, -0.0],
+    [math.nan, math.nan],
+    [math.inf, 1.0, -math.inf],
+    [math.nan, -3.0, math.inf, 0.1],
+    [1e-45, -1e-40, 1e-38],
+    [3.4028234663852886e38, -1e38],
+    [6.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.25, -0.75, -1.25, -2.5, -5.0],
+    [448.0, 464.0, 2.0**-10, 2.0**-9 * 1.5, 17.0, 19.0, -21.0],
+    [127.0, 0.5, 1.5, 2.5, -0.5, -1.5],
+    [1e30, 1e-30, -1.0],
+]
+floats = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
+
+
+def check_block(name: str, xs: list[float], global_scale: float) -> None:
+    """One block: codes (any NaN equals any NaN) and stored scale, bit for bit."""
+    format = FORMATS[name]
+    x = torch.tensor([xs + [0.0] * (-len(xs) % 8)], dtype=torch.float32)
+    given = torch.tensor([global_scale]) if format.has_global_scale else None
+    values, scale = format.quantize(x, (1, x.shape[1]), given)
+    data, stored = host.quantize_block(name, x.numpy().tobytes(), global_scale)
+    expected = values.contiguous().view(torch.uint8).flatten()
+    got = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    is_nan = values.float().isnan().flatten() & (got & 0x7F == 0x7F) if values.dtype.is_floating_point else False
+    assert ((got == expected) | is_nan).all(), (xs, got.tolist(), expected.tolist())
+    integer = torch.int32 if scale.dtype == torch.float32 else torch.uint8
+    assert stored == scale.view(integer).item() & 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_device_code_of_the_quantisers(name: str) -> None:
+    for xs in AWKWARD:
+        for global_scale in (1.0, 0.37, 1e-30, 1e30) if FORMATS[name].has_global_scale else (1.0,):
+            check_block(name, xs, torch.tensor(global_scale).item())
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(200):
+        x = torch.randn(32, generator=generator) * 2.0 ** (seed % 60 - 30)
+        check_block(name, x.bfloat16().tolist(), 1.0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    name=st.sampled_from(QUANTISED),
+    xs=st.lists(floats, min_size=1, max_size=24),
+    global_scale=st.floats(2.0**-100, 2.0**100, width=32),
+)
+def test_device_code_of_the_quantisers_with_anything(name: str, xs: list[float], global_scale: float) -> None:
+    check_block(name, xs, global_scale if FORMATS[name].has_global_scale else 1.0)
+
+
+def test_device_code_rounds_every_bf16_as_the_reference() -> None:
+    """All 65536 bf16 numbers, in blocks of every magnitude; the small ones also where the scale is fixed."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    for name in QUANTISED:
+        for block in every.view(-1, 4096):
+            check_block(name, block.tolist(), 1.0)
+        small = every[(every.abs() <= 6.0)]
+        check_block(name, [6.0, *small.tolist()], 1.0)
+        check_block(name, [448.0, *small.tolist()], 1.0)
