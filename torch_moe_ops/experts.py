@@ -64,6 +64,16 @@ def to_gate_up(tensor: Tensor, layout: str, *, group: int = 1) -> Tensor:
     return torch.cat([gate, up], dim=1).view(tensor.dtype)
 
 
+def from_gate_up(tensor: Tensor, layout: str, *, group: int = 1) -> Tensor:
+    """The inverse of `to_gate_up`: gate over up [E, 2R, ...] in the order of another system."""
+    expect_choice("from_gate_up", "layout", layout, LAYOUTS)
+    if layout != "interleaved":
+        return to_gate_up(tensor, layout)  # a swap is its own inverse
+    if tensor.dim() < 2 or tensor.shape[1] % (2 * group):
+        refuse("from_gate_up", "tensor", f"[E, R, ...] with R a multiple of {2 * group}", list(tensor.shape))
+    return tensor.unflatten(1, (2, -1, group)).transpose(1, 2).flatten(1, 3)  # [E, R / group, gate or up, group, ...]
+
+
 class Experts(nn.Module):
     """The experts of one MoE layer. All tensors are buffers, under their names in moe::fused_moe."""
 
