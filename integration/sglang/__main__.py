@@ -14,7 +14,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     subparser = commands.add_parser("check", help=check.__doc__.partition("\n")[0], description=check.__doc__)
     check.add_arguments(subparser)
-    return check.main(parser.parse_args(argv))
+    args, ignored = parser.parse_known_args(argv)
+    if ignored:
+        print(f"not looked at: {' '.join(ignored)}")
+    return check.main(args)
 
 
 if __name__ == "__main__":

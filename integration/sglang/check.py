@@ -1,29 +1,31 @@
-"""Says, without starting a server, whether a checkpoint's experts can run with --moe-runner-backend torch_moe.
+"""Says, without starting a server, which backend would run a checkpoint's experts with --moe-runner-backend torch_moe.
 
-It reads config.json alone: the experts' format and sizes on one rank, and the backend that runs them on this machine.
-What only SGLang's model code knows (biases, an activation's constants) is checked when the server loads the model.
+It reads config.json (and hf_quant_config.json) alone: which layers have experts, their format and sizes on one rank,
+and what runs them on this machine. Server flags that matter are read, others ignored. What only SGLang's model code
+knows (biases, an activation's constants) is checked when the server loads the model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 import torch_moe_ops as moe
 
-from .support import SUPPORTED
+from .support import act_formats, supported
 
 # What the configurations of different models call the same thing, the name to prefer first.
 NAMES = {
     "num_experts": ("num_experts", "n_routed_experts", "num_local_experts"),
-    "top_k": ("num_experts_per_tok", "num_experts_per_token", "moe_topk"),
+    "top_k": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "experts_per_token"),
     "intermediate_size": ("moe_intermediate_size", "intermediate_size"),
     "hidden_size": ("hidden_size",),
 }
-DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class ExpertsOfRank:
     top_k: int
 
 
-def read_config(config: dict, tp: int = 1, ep: int = 1) -> ExpertsOfRank:
+def read_config(config: dict, tp: int = 1, ep: int = 1, dtype: str = "auto") -> ExpertsOfRank:
     """From a config.json; a ValueError of one sentence says why the adapter would refuse it.
 
     SGLang's --tp counts all ranks and --ep divides them: tp / ep ranks share an expert.
@@ -53,23 +55,72 @@ def read_config(config: dict, tp: int = 1, ep: int = 1) -> ExpertsOfRank:
         raise ValueError(f"--tp {tp} --ep {ep} does not divide {found}")
     found["num_experts"] //= ep
     found["intermediate_size"] //= tp // ep
-    experts = ExpertsOfRank(format=_format(config), **found)
+    experts = ExpertsOfRank(format=read_format(config, dtype), **found)
     if experts.format == "fp8_block" and experts.intermediate_size % 128:
         raise ValueError(f"128x128 blocks do not fit {experts.intermediate_size} columns on a rank: use --ep {tp}")
     return experts
 
 
-def _format(config: dict) -> str:
-    quantisation = config.get("quantization_config")
+def read_format(config: dict, dtype: str = "auto") -> str:
+    quantisation = config.get("quantization_config") or config.get("compression_config")
     if quantisation is None:
-        dtype = config.get("dtype") or config.get("torch_dtype")
+        dtype = dtype if dtype != "auto" else str(config.get("dtype") or config.get("torch_dtype"))
         if dtype not in DTYPES:
-            raise ValueError(f"expected {SUPPORTED}, got {dtype}")
+            raise ValueError(f"expected {supported()}, got {dtype}")
         return DTYPES[dtype]
-    method, block = quantisation.get("quant_method"), quantisation.get("weight_block_size")
-    if method != "fp8" or block != [128, 128]:
-        raise ValueError(f"expected {SUPPORTED}, got quant_method {method} with weight_block_size {block}")
-    return "fp8_block"
+    format, got = _quantised_format(quantisation)
+    if format is None:
+        raise ValueError(f"expected {supported()}, got {got}")
+    return format
+
+
+def _quantised_format(quantisation: dict) -> tuple[str | None, str]:
+    """The format, or None; and what to call it in the refusal."""
+    method = quantisation.get("quant_method") or "modelopt"  # hf_quant_config.json has no quant_method
+    if method == "fp8":
+        block = quantisation.get("weight_block_size")
+        return ("fp8_block" if block in (None, [128, 128]) else None), f"FP8 with weight_block_size {block}"
+    if method == "compressed-tensors":
+        group = next(iter(quantisation.get("config_groups", {}).values()), {})
+        weights, activations = group.get("weights") or {}, group.get("input_activations") or {}
+        return _compressed_format(weights, activations), f"compressed-tensors with {weights} and {activations}"
+    if method.startswith("modelopt"):
+        algorithm = quantisation.get("quant_algo") or quantisation.get("quantization", {}).get("quant_algo")
+        return ("nvfp4" if "NVFP4" in str(algorithm) else None), f"ModelOpt's {algorithm}"
+    return {"mxfp8": "mxfp8", "mxfp4": "mxfp4", "w8a8_int8": "int8"}.get(method), f"quant_method {method}"
+
+
+def _compressed_format(weights: dict, activations: dict) -> str | None:
+    match weights.get("num_bits"), weights.get("type"), weights.get("strategy"), activations.get("num_bits"):
+        case 8, "float", "block", 8:
+            return "fp8_block" if weights.get("block_structure") == [128, 128] else None
+        case 8, "float", "tensor", 8:
+            return "fp8_block"
+        case 8, "int", "channel", 8:
+            return "int8" if activations.get("dynamic") else None
+        case 4, "float", "tensor_group", 4:
+            return "nvfp4"
+        case 4, "float", "group", _:
+            return "mxfp4" if weights.get("group_size") == 32 else None
+    return None
+
+
+def moe_layers(config: dict) -> list[int]:
+    """The layers that have experts, as far as config.json tells."""
+    config = {**config, **config.get("text_config", {})}
+    layers = range(config.get("first_k_dense_replace", 0), config.get("num_hidden_layers", 0))
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    return [i for i in layers if (i + 1) % step == 0 and i not in dense]
+
+
+def choose(experts: ExpertsOfRank, device: str | None = None) -> list[object]:
+    """What each kind of activations gives, up to the first that runs."""
+    explanations = []
+    for act_format in act_formats(experts.format):
+        explanations.append(moe.explain("fused_moe", device=device, act_format=act_format, **vars(experts)))
+        if explanations[-1].backend:
+            break
+    return explanations
 
 
 def plugin_line() -> str:
@@ -83,21 +134,43 @@ def plugin_line() -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The server's flags that decide, under the server's names."""
     parser.add_argument("model_dir", type=Path, help="a directory with a config.json")
-    parser.add_argument("--tp", type=int, default=1, help="the server's --tp")
-    parser.add_argument("--ep", type=int, default=1, help="the server's --ep")
+    parser.add_argument("--tp", "--tp-size", "--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--ep", "--ep-size", "--expert-parallel-size", type=int, default=1)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", help="default: the GPU, if there is one")
+    parser.add_argument("--moe-a2a-backend", default="none")
+    parser.add_argument("--enable-lora", action="store_true")
+    parser.add_argument("--lora-paths", nargs="*")
+    parser.add_argument("--enable-single-batch-overlap", action="store_true")
+
+
+def refused_flags(args: argparse.Namespace) -> Sequence[str]:
+    got = [f"--moe-a2a-backend {args.moe_a2a_backend}"] * (args.moe_a2a_backend != "none")
+    got += ["LoRA adapters"] * bool(args.enable_lora or args.lora_paths)
+    return got + ["--enable-single-batch-overlap"] * args.enable_single_batch_overlap
 
 
 def main(args: argparse.Namespace) -> int:
     """Exit status 0: supported; 1: not."""
     print(plugin_line())
     try:
-        experts = read_config(json.loads((args.model_dir / "config.json").read_text()), args.tp, args.ep)
+        config = json.loads((args.model_dir / "config.json").read_text())
+        separate = args.model_dir / "hf_quant_config.json"
+        if separate.exists() and "quantization_config" not in config:
+            config["quantization_config"] = json.loads(separate.read_text())
+        experts = read_config(config, args.tp, args.ep, args.dtype)
+        for flag in refused_flags(args):
+            raise ValueError(f"expected {supported(args.device)}, got {flag}")
     except (ValueError, OSError) as error:
         print(f"not supported: {error}")
         return 1
-    explanation = moe.explain("fused_moe", **vars(experts))
+    layers = moe_layers(config)
+    print(f"{len(layers)} layers with experts: {', '.join(map(str, layers))}" if layers else "no layer has experts")
     print(experts)
-    print(explanation)
-    print("supported" if explanation.backend else "not supported: no backend runs it on this machine")
-    return 0 if explanation.backend else 1
+    explanations = choose(experts, args.device)
+    print(*explanations, sep="\n")
+    runs = bool(layers and explanations[-1].backend)
+    print("supported" if runs else "not supported: no backend runs it on this machine" if layers else "not supported")
+    return 0 if runs else 1

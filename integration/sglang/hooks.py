@@ -1,7 +1,9 @@
 """The flag's value, the backend's name, and the hooks in SGLang's classes.
 
-    UnquantizedFusedMoEMethod.create_moe_runner, Fp8MoEMethod.create_moe_runner    give the layer to layer.LayerRunner
-    FusedMoE.__init__                                                              refuses a layer that was not given
+    create_moe_runner of every class in METHODS     gives the layer to layer.LayerRunner
+    FusedMoE.__init__                               refuses a layer that was not given
+    ModelOptNvFp4FusedMoEMethod.__init__, CompressedTensorsW4A4Nvfp4MoE.__init__,
+    CompressedTensorsConfig.get_quant_method        accept what SGLang has no kernel for on this device, but we do
 
 A hook does nothing unless the flag's value is torch_moe for the layer being built, so other backends, and a speculative
 draft model with one of its own, stay as they are. Versions are told apart by what they have, not by their number.
@@ -13,10 +15,11 @@ from collections.abc import Callable
 from pkgutil import resolve_name
 
 from .layer import LayerRunner
-from .support import FP8, NAME, UNQUANTISED, Unsupported
+from .methods import METHODS
+from .support import NAME, Unsupported
 
 QUANTISATION = "sglang.srt.layers.quantization"
-METHODS = (f"{QUANTISATION}.unquant:{UNQUANTISED}", f"{QUANTISATION}.fp8:{FP8}")
+COMPRESSED = f"{QUANTISATION}.compressed_tensors"
 LAYER = "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE"
 
 
@@ -44,22 +47,52 @@ def add_enum_member(enum: type, value: str) -> None:
 def register_hooks() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    hooks = {f"{method}.create_moe_runner": create_moe_runner for method in METHODS}
+    methods = (f"{QUANTISATION}.{module}:{name}" for name, (module, _) in METHODS.items())
+    hooks = {f"{method}.create_moe_runner": create_moe_runner for method in methods}
     hooks[f"{LAYER}.__init__"] = build_layer
+    hooks[f"{QUANTISATION}.modelopt_quant:ModelOptNvFp4FusedMoEMethod.__init__"] = init_nvfp4
+    hooks[f"{COMPRESSED}.schemes.compressed_tensors_w4a4_nvfp4_moe:CompressedTensorsW4A4Nvfp4MoE.__init__"] = init_nvfp4
+    hooks[f"{COMPRESSED}.compressed_tensors:CompressedTensorsConfig.get_quant_method"] = get_quant_method
     for target, hook in hooks.items():
         resolve_name(target)  # SGLang only logs a hook that does not apply; this raises
         HookRegistry.register(target.replace(":", "."), hook, HookType.AROUND)
 
 
 def create_moe_runner(original: Callable, method: object, layer: object, moe_runner_config: object) -> None:
+    """Instead of the original, which looks for a runner of SGLang's own."""
     from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
     from sglang.srt.layers.moe.utils import get_moe_runner_backend
 
-    original(method, layer, moe_runner_config)
-    if is_chosen():
-        refuse_server_settings()
-        backend = get_moe_runner_backend()
-        LayerRunner(method, layer, moe_runner_config, backend, StandardCombineInput).take_over(method)
+    if not is_chosen():
+        return original(method, layer, moe_runner_config)
+    refuse_server_settings()
+    backend = get_moe_runner_backend()
+    LayerRunner(method, layer, moe_runner_config, backend, StandardCombineInput).take_over(method)
+
+
+def init_nvfp4(original: Callable, method: object, *args: object) -> None:
+    """Both constructors refuse GPUs without NVFP4 instructions; what they would have set, had they not raised."""
+    try:
+        original(method, *args)
+    except ValueError:
+        if not is_chosen():
+            raise
+        method.group_size = 16
+        method.enable_flashinfer_trtllm_moe = method.use_flashinfer_trtllm = False
+        method.use_flashinfer_trtllm_weight_layout = False
+        method._cache_permute_indices = {}
+
+
+def get_quant_method(original: Callable, config: object, *args: object, **options: object) -> object:
+    """compressed-tensors with int8 weights and activations, which SGLang has for NPUs alone: as its own int8 format."""
+    try:
+        return original(config, *args, **options)
+    except NotImplementedError as error:
+        from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8MoEMethod
+
+        if not is_chosen() or "W8A8Int8" not in str(error):
+            raise
+        return W8A8Int8MoEMethod(config)
 
 
 def build_layer(original: Callable, layer: object, *args: object, **options: object) -> None:
@@ -70,7 +103,7 @@ def build_layer(original: Callable, layer: object, *args: object, **options: obj
         raise
     except Exception as error:  # a quantisation method that does not know the name fails in many ways
         method = type(getattr(layer, "quant_method", None)).__name__
-        if is_chosen() and method not in (UNQUANTISED, FP8):
+        if is_chosen() and method not in METHODS:
             raise Unsupported(f"{type(error).__name__} while SGLang built the layer: {error}") from error
         raise
     if is_chosen() and not isinstance(getattr(layer.quant_method, "runner", None), LayerRunner):

@@ -3,8 +3,9 @@
     hidden_states [T, H], topk_weights f32 [T, K], topk_ids i32 [T, K], w13 [E, 2I, H], w2 [E, H, I] -> output [T, H]
 
 E is the number of experts on this rank and I this rank's share of the intermediate size. With expert parallelism
-SGLang's dispatcher has turned the router's ids into local ones already, -1 for the experts of other ranks. The weights
-are read from the layer at every call, because SGLang may replace them while it serves (weight updates).
+SGLang's dispatcher has turned the router's ids into local ones already, -1 for the experts of other ranks and for rows
+that only pad the batch. The weights are read from the layer at every call, because SGLang may replace them while it
+serves (weight updates, expert rebalancing).
 """
 
 from __future__ import annotations
@@ -13,17 +14,13 @@ import logging
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 import torch_moe_ops as moe
+from torch_moe_ops.backends import Explanation
 
-from .support import (
-    DTYPE_FORMATS,
-    Unsupported,
-    activation_options,
-    routed_scaling_factor,
-    router_weight_options,
-    weight_format,
-)
+from .methods import Stored, stored
+from .support import DTYPE_FORMATS, Unsupported, activation_options, routed_scaling_factor, router_weight_options
 
 logger = logging.getLogger("sglang.srt.torch_moe_ops")  # below "sglang", whose level --log-level sets
 
@@ -32,70 +29,92 @@ class LayerRunner:
     """A layer's `quant_method.runner`; two of its methods replace those of the quantisation method."""
 
     def __init__(self, method: object, layer: torch.nn.Module, config: object, backend: object, combine: type) -> None:
-        """`backend` is SGLang's record of the flag's value, `combine` its StandardCombineInput."""
-        self.format = weight_format(method, layer)
+        """`backend` is SGLang's record of the flag's value, `combine` its StandardCombineInput. The layer's weights
+        exist already, but hold nothing yet."""
+        self.stored = stored(method, layer)
         self.options = {**activation_options(config), **router_weight_options(config)}
         self.config = config
+        self.explanation = choose_backend(self.stored, layer, self.options["activation"], config.top_k)
+        self.options |= {"format": self.stored.format, "act_format": self.explanation.problem.act_format}
         self.runner_backend = backend
         self.combine = combine
 
     def take_over(self, method: object) -> None:
+        method.moe_runner_config = self.config
         method.runner = self
         method.apply = self.apply
         method.process_weights_after_loading = self.process_weights_after_loading
 
-    def weights(self, layer: torch.nn.Module) -> dict[str, torch.Tensor | None]:
-        """The layer's tensors under their names in moe::fused_moe. `scale_inv` is a multiplier in spite of its name."""
-        tensors = {"w13": layer.w13_weight, "w2": layer.w2_weight}
-        tensors |= {f"{name}_bias": getattr(layer, f"{name}_weight_bias", None) for name in ("w13", "w2")}
-        if self.format == "fp8_block":
-            tensors |= {"w13_scale": layer.w13_weight_scale_inv, "w2_scale": layer.w2_weight_scale_inv}
-        return tensors
+    def scales(self, layer: torch.nn.Module) -> dict[str, Tensor | None]:
+        """The layer's scales and biases under their names in moe::fused_moe."""
+        names = {f"{name}_bias": f"{name}_weight_bias" for name in ("w13", "w2")} | self.stored.names
+        return {name: getattr(layer, attribute, None) for name, attribute in names.items()}
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Nothing is repacked. What moe::fused_moe would refuse at the first request is refused here."""
-        weights = self.weights(layer)
+        """What moe::fused_moe would refuse at the first request is refused here."""
+        self.stored.prepare(layer)
         options = {name: value for name, value in self.options.items() if name != "w13_layout"}  # only a row order
-        experts = moe.Experts(**weights, format=self.format, **options)
-        explanation = moe.explain(
-            device=weights["w13"].device,
-            format=self.format,
-            activation=options["activation"],
-            hidden_size=experts.hidden_size,
-            intermediate_size=experts.intermediate_size,
-            num_experts=experts.num_experts,
-            top_k=self.config.top_k,
-            bias_dtype=None if weights["w13_bias"] is None else weights["w13_bias"].dtype,
-        )
-        if explanation.backend is None:
-            raise Unsupported(f"a layer that no backend runs here: {explanation}")
-        log_once(f"torch_moe_ops: moe::fused_moe.{explanation.backend} runs the experts ({experts.extra_repr()})")
+        experts = moe.Experts(layer.w13_weight, layer.w2_weight, **self.scales(layer), **options)
+        log_once(f"torch_moe_ops: moe::fused_moe.{self.explanation.backend} runs the experts ({experts.extra_repr()})")
 
     def apply(self, layer: torch.nn.Module, dispatch_output: object) -> object:
         hidden_states, topk_output = dispatch_output.hidden_states, dispatch_output.topk_output
         if hidden_states.dtype not in DTYPE_FORMATS:
             raise Unsupported(f"hidden states in {hidden_states.dtype}")
+        routed = (topk_output.topk_weights.float(), topk_output.topk_ids.int())
+        if self.config.no_combine:
+            return self.combine(hidden_states=self._one_output_per_slot(layer, hidden_states, *routed))
         factor = routed_scaling_factor(
             self.config,
             on_gpu=hidden_states.is_cuda,
             in_topk=layer.should_fuse_routed_scaling_factor_in_topk,
         )
-        output = moe.fused_moe(
-            hidden_states.contiguous(),
-            topk_weights=topk_output.topk_weights.float(),
-            topk_ids=topk_output.topk_ids.int(),
-            format=self.format,
-            routed_scaling_factor=factor,
-            **self.weights(layer),
-            **self.options,
-        )
-        return self.combine(hidden_states=output)
+        return self.combine(hidden_states=self._fused_moe(layer, hidden_states, *routed, routed_scaling_factor=factor))
+
+    def _fused_moe(self, layer: torch.nn.Module, hidden_states: Tensor, *routed: Tensor, **options: object) -> Tensor:
+        tensors = (hidden_states.contiguous(), layer.w13_weight, layer.w2_weight, *routed)
+        return moe.fused_moe(*tensors, **self.scales(layer), **self.options, **options)
+
+    def _one_output_per_slot(
+        self, layer: torch.nn.Module, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor
+    ) -> Tensor:
+        """[T, K, H]: every slot as a token of its own. As in SGLang's Triton runner, the model weighs and scales."""
+        config, (num_tokens, top_k) = self.config, topk_ids.shape
+        if not (config.apply_router_weight_on_input or getattr(config, "no_combine_keep_router_weight", False)):
+            topk_weights = torch.ones_like(topk_weights)
+        slots = hidden_states.repeat_interleave(top_k, dim=0)
+        output = self._fused_moe(layer, slots, topk_weights.reshape(-1, 1), topk_ids.reshape(-1, 1))
+        return output.view(num_tokens, top_k, -1)
 
     def set_overlap_args(self, *_: object, **__: object) -> None:
         raise Unsupported("overlap of the down projection with the combine step")
 
     def clear_overlap_args(self) -> None:
         """There are never any."""
+
+
+def choose_backend(stored: Stored, layer: torch.nn.Module, activation: str, top_k: int | None) -> Explanation:
+    """Of the first kind of activations that a backend on the layer's device multiplies by these weights."""
+    w2 = getattr(layer, "w2_weight", None)
+    if w2 is None:  # compressed-tensors' name for packed values
+        w2 = layer.w2_weight_packed
+    bias = getattr(layer, "w13_weight_bias", None)
+    facts = {
+        "device": w2.device,
+        "format": stored.format,
+        "activation": activation,
+        "hidden_size": w2.shape[1],
+        "intermediate_size": w2.shape[2] * moe.FORMATS[stored.format].pack,
+        "num_experts": w2.shape[0],
+        "top_k": top_k,
+        "bias_dtype": None if bias is None else bias.dtype,
+    }
+    explanations = [moe.explain(act_format=act_format, **facts) for act_format in stored.act_formats]
+    for explanation in explanations:
+        if explanation.backend is not None:
+            return explanation
+    reasons = "; ".join(f"{verdict.backend}: {verdict.reason}" for verdict in explanations[0].verdicts)
+    raise Unsupported(f"{stored.format} experts that no backend runs here ({reasons})", w2.device)
 
 
 @lru_cache

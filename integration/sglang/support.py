@@ -2,7 +2,7 @@
 
 SGLang's objects are read by attribute, with the default of the versions that lack one, so nothing here imports SGLang.
 
-    quantisation method, layer   -> format
+    device                       -> the sentence that says what is supported there
     MoeRunnerConfig              -> activation, alpha, beta, limit, w13_layout
     MoeRunnerConfig, device      -> routed_scaling_factor
 """
@@ -11,47 +11,54 @@ from __future__ import annotations
 
 import torch
 
+import torch_moe_ops as moe
+
 NAME = "torch_moe"
 
-SUPPORTED = (
-    "a model with unquantised bf16 or fp16 experts or with FP8 experts in 128x128 blocks, served with tensor or expert "
-    "parallelism, --moe-a2a-backend none, no LoRA and no single-batch overlap"
-)
-
-UNQUANTISED, FP8 = "UnquantizedFusedMoEMethod", "Fp8MoEMethod"
+# What SGLang's users call the formats, in the order of the sentence.
+FORMAT_WORDS = {
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "fp8_block": "FP8 (128x128 blocks or a scale per tensor)",
+    "mxfp8": "MXFP8",
+    "int8": "W8A8 INT8",
+    "mxfp4": "MXFP4",
+    "nvfp4": "NVFP4",
+}
 
 DTYPE_FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 GATED_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_tanh"}
 OTHER_ACTIVATIONS = {"silu": "silu_no_mul", "gelu": "gelu_no_mul", "relu2": "relu2_no_mul"}
 
 
+# What may multiply the weights of a format, the best first: "" is the format itself, "bf16" the dtype of the hidden
+# states. MXFP4 models are made for 16-bit or MXFP8 activations.
+ACT_FORMATS = {"mxfp8": ("", "bf16"), "mxfp4": ("bf16", "mxfp8"), "nvfp4": ("", "bf16")}
+
+
+def act_formats(format: str, hidden: str = "bf16") -> tuple[str, ...]:
+    return tuple(hidden if act_format == "bf16" else act_format for act_format in ACT_FORMATS.get(format, ("",)))
+
+
+def supported(device: torch.device | str | None = None) -> str:
+    """What the adapter takes on a device (None: the GPU of this machine, or its CPU), as the package says."""
+
+    def runs(format: str) -> bool:
+        explanations = (moe.explain(device=device, format=format, act_format=act) for act in act_formats(format))
+        return any(explanation.backend for explanation in explanations)
+
+    formats = [words for format, words in FORMAT_WORDS.items() if runs(format)]
+    return (
+        f"a model with experts in {', '.join(formats)}, served with tensor or expert parallelism, "
+        "--moe-a2a-backend none, no LoRA and no single-batch overlap"
+    )
+
+
 class Unsupported(ValueError):
     """One sentence that ends the start of the server: what is supported, and what came."""
 
-    def __init__(self, got: str) -> None:
-        super().__init__(f"--moe-runner-backend {NAME}: expected {SUPPORTED}, got {got}")
-
-
-def weight_format(method: object, layer: object) -> str:
-    """The format of a layer's experts; `method` is the layer's quantisation method, whose weights exist already."""
-    name = type(method).__name__
-    if name == UNQUANTISED:
-        dtype = layer.w13_weight.dtype
-        if dtype not in DTYPE_FORMATS:
-            raise Unsupported(f"unquantised experts in {dtype}")
-        return DTYPE_FORMATS[dtype]
-    if name != FP8:
-        raise Unsupported(f"experts under {name}")
-    if getattr(method, "use_mxfp8", False):
-        raise Unsupported("mxfp8 experts")
-    if getattr(method, "is_fp4_expert", False):
-        raise Unsupported("FP4 experts in an FP8 checkpoint")
-    block = getattr(method, "weight_block_size", None)
-    if block is None or list(block) != [128, 128]:
-        raise Unsupported(f"FP8 experts with {'a scale per tensor' if block is None else f'blocks of {list(block)}'}")
-    if layer.w13_weight.dtype != torch.float8_e4m3fn or layer.w13_weight_scale_inv.dtype != torch.float32:
-        raise Unsupported(f"FP8 experts in {layer.w13_weight.dtype} with {layer.w13_weight_scale_inv.dtype} scales")
-    return "fp8_block"
+    def __init__(self, got: str, device: torch.device | str | None = None) -> None:
+        super().__init__(f"--moe-runner-backend {NAME}: expected {supported(device)}, got {got}")
 
 
 def activation_options(config: object) -> dict[str, object]:
@@ -83,9 +90,7 @@ def activation_options(config: object) -> dict[str, object]:
 
 
 def router_weight_options(config: object) -> dict[str, object]:
-    """Where the router's weights are applied; the sum over the experts of a token is always taken here."""
-    if config.no_combine:
-        raise Unsupported("a model that adds up the experts' outputs itself (no_combine)")
+    """Where the router's weights are applied."""
     on_input = bool(config.apply_router_weight_on_input)
     if on_input and config.top_k != 1:
         raise Unsupported(f"apply_router_weight_on_input with top_k {config.top_k}")

@@ -14,12 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from expecttest import assert_expected_inline
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch_moe_ops as moe
+from torch_moe_ops import backends
 from torch_moe_ops.formats import quantize_weight
-from torch_moe_ops.integration.sglang import check, hooks, support
+from torch_moe_ops.integration.sglang import check, hooks, methods, support
 from torch_moe_ops.integration.sglang.__main__ import main as adapter_main
 from torch_moe_ops.integration.sglang.layer import LayerRunner
 
@@ -40,6 +42,7 @@ def make_config(**changes: object) -> SimpleNamespace:
         "is_gated": True,
         "apply_router_weight_on_input": False,
         "no_combine": False,
+        "no_combine_keep_router_weight": False,
         "routed_scaling_factor": None,
         "gemm1_alpha": None,
         "gemm1_beta": None,
@@ -51,7 +54,7 @@ def make_config(**changes: object) -> SimpleNamespace:
     return SimpleNamespace(**defaults | changes)
 
 
-def make_method(name: str = support.UNQUANTISED, **attributes: object) -> object:
+def make_method(name: str = "UnquantizedFusedMoEMethod", **attributes: object) -> object:
     method = type(name, (), {})()
     vars(method).update(attributes)
     return method
@@ -59,14 +62,17 @@ def make_method(name: str = support.UNQUANTISED, **attributes: object) -> object
 
 def fp8_method(**changes: object) -> object:
     attributes = {"use_mxfp8": False, "is_fp4_expert": False, "weight_block_size": [128, 128]}
-    return make_method(support.FP8, **attributes | changes)
+    return make_method("Fp8MoEMethod", **attributes | changes)
 
 
-def make_layer(dtype: torch.dtype = torch.bfloat16, *, parts: int = 2, bias: bool = False) -> SimpleNamespace:
+def make_layer(dtype: torch.dtype = torch.bfloat16, *, parts: int = 2, bias: bool = False) -> nn.Module:
     random = torch.Generator().manual_seed(0)
     w13 = torch.randn(E, parts * I, H, generator=random) * 2 / H**0.5
     w2 = torch.randn(E, H, I, generator=random) / I**0.5
-    layer = SimpleNamespace(w13_weight=w13.to(dtype), w2_weight=w2.to(dtype))
+    layer = nn.Module()
+    layer.w13_weight, layer.w2_weight = w13.to(dtype), w2.to(dtype)
+    layer.moe_runner_config = SimpleNamespace(params_dtype=torch.bfloat16, gemm1_alpha=None, gate_up_interleaved=True)
+    layer.intermediate_size_per_partition = I
     if bias:
         layer.w13_weight_bias = torch.randn(E, parts * I, generator=random)
         layer.w2_weight_bias = torch.randn(E, H, generator=random)
@@ -124,31 +130,158 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 # formats --------------------------------------------------------------------------------------------------------------
 
 
-def test_formats_of_supported_methods() -> None:
-    assert support.weight_format(make_method(), make_layer()) == "bf16"
-    assert support.weight_format(make_method(), make_layer(torch.float16)) == "fp16"
-    layer = make_layer(torch.float8_e4m3fn)
-    layer.w13_weight_scale_inv = torch.ones(E, 2, 2)
-    assert support.weight_format(fp8_method(), layer) == "fp8_block"
+def test_formats_of_unquantised_experts() -> None:
+    assert methods.stored(make_method(), make_layer()).format == "bf16"
+    assert methods.stored(make_method(), make_layer(torch.float16)).format == "fp16"
+
+
+def quantise(layer: nn.Module, format: str, **names: str) -> dict[str, Tensor]:
+    """Quantises a layer's weights in place, under SGLang's `names` of weight, scale and global scale; -> ours."""
+    call = {}
+    for name, parts in (("w13", 2), ("w2", 1)):
+        values, scale, global_scale = quantize_weight(getattr(layer, f"{name}_weight"), format, parts=parts)
+        delattr(layer, f"{name}_weight")
+        call |= {name: values, f"{name}_scale": scale}
+        stored = {"weight": values, "scale": scale.view(torch.uint8) if scale.element_size() == 1 else scale}
+        if format == "nvfp4":
+            stored["scale"] = scale
+            global_scale = global_scale if parts == 2 else global_scale[:, 0]
+            call[f"{name}_global_scale"] = stored["global_scale"] = global_scale
+        names = {"weight": "weight", "scale": "weight_scale"} | names
+        for kind, tensor in stored.items():
+            setattr(layer, f"{name}_{names.get(kind)}", nn.Parameter(tensor, requires_grad=False))
+    return call
+
+
+MODELOPT = SimpleNamespace(get_name=lambda: "modelopt_fp4", is_checkpoint_nvfp4_serialized=True)
+NVFP4 = make_method("ModelOptNvFp4FusedMoEMethod", quant_config=MODELOPT)
+FORMATS = [
+    ("fp8_block", fp8_method(), {"scale": "weight_scale_inv"}, ""),
+    ("mxfp8", fp8_method(use_mxfp8=True, weight_block_size=[1, 32]), {"scale": "weight_scale_inv"}, ""),
+    ("int8", make_method("W8A8Int8MoEMethod"), {}, ""),
+    ("mxfp4", make_method("Mxfp4MoEMethod"), {}, "bf16"),
+    ("nvfp4", NVFP4, {"global_scale": "weight_scale_2"}, ""),
+]
+
+
+@pytest.mark.parametrize("format, method, names, act_format", FORMATS, ids=[case[0] for case in FORMATS])
+def test_quantised_weights_go_with_their_scales(format, method, names, act_format) -> None:
+    layer, dispatched = make_layer(), make_dispatched()
+    call = quantise(layer, format, **names)
+    if format == "nvfp4":  # the largest of all experts, local or not
+        layer.w13_input_scale, layer.w2_input_scale = torch.tensor([[0.01, 0.02], [0.03, 0.01]]), torch.tensor([0.04])
+        call |= {"a13_global_scale": torch.tensor([0.03]), "a2_global_scale": torch.tensor([0.04])}
+    topk_output = dispatched.topk_output
+    call |= {"topk_weights": topk_output.topk_weights, "topk_ids": topk_output.topk_ids}
+    expected = moe.fused_moe(dispatched.hidden_states, **call, format=format, act_format=act_format)
+    assert torch.equal(run(method, layer, make_config(), dispatched), expected)
+
+
+def test_fp8_with_a_scale_per_tensor_is_fp8_with_equal_blocks() -> None:
+    layer, dispatched = make_layer(), make_dispatched()
+    reference = make_layer()
+    for name, parts in (("w13", 2), ("w2", 1)):
+        weight = getattr(layer, f"{name}_weight").float().unflatten(1, (parts, -1))
+        scale = weight.abs().amax((2, 3)) / 448 * torch.arange(1, 1 + E * parts).view(E, parts)  # all different
+        values = (weight / scale[:, :, None, None]).to(torch.float8_e4m3fn)
+        setattr(layer, f"{name}_weight", values.flatten(1, 2))
+        setattr(layer, f"{name}_weight_scale", scale if parts == 2 else scale[:, 0])
+        setattr(reference, f"{name}_weight", (values.float() * scale[:, :, None, None]).flatten(1, 2))
+    output = run(fp8_method(weight_block_size=None), layer, make_config(), dispatched).float()
+    expected = moe.fused_moe(
+        dispatched.hidden_states,
+        reference.w13_weight.bfloat16(),
+        reference.w2_weight.bfloat16(),
+        dispatched.topk_output.topk_weights,
+        dispatched.topk_output.topk_ids,
+    ).float()
+    # e4m3 rounds each activation by at most 2^-4 of itself, twice, and the errors are independent: a tenth of that sum
+    assert (output - expected).norm() < 2 * 2**-4 * expected.norm()
+
+
+def test_compressed_tensors_nvfp4_is_modelopts_with_inverse_global_scales() -> None:
+    layer, dispatched = make_layer(), make_dispatched()
+    call = quantise(layer, "nvfp4", global_scale="unused")
+    for name in ("w13", "w2"):
+        setattr(layer, f"{name}_weight_packed", getattr(layer, f"{name}_weight"))
+        delattr(layer, f"{name}_weight")
+        setattr(layer, f"{name}_weight_global_scale", 1 / call[f"{name}_global_scale"])
+    layer.w13_input_global_scale = torch.tensor([[50.0, 25.0]] * E)
+    layer.w2_input_global_scale = torch.tensor([40.0] * E)
+    layer.scheme = make_method("CompressedTensorsW4A4Nvfp4MoE")
+    method = make_method("CompressedTensorsFusedMoEMethod", load_up_proj_weight_first=True)
+    topk_output = dispatched.topk_output
+    call |= {"topk_weights": topk_output.topk_weights, "topk_ids": topk_output.topk_ids}
+    call |= {"a13_global_scale": torch.tensor([0.04]), "a2_global_scale": torch.tensor([0.025])}
+    call |= {name: 1 / (1 / call[name]) for name in ("w13_global_scale", "w2_global_scale")}
+    expected = moe.fused_moe(dispatched.hidden_states, **call, format="nvfp4")
+    assert torch.equal(run(method, layer, make_config(), dispatched), expected)
+    assert not method.load_up_proj_weight_first  # gate over up, as everywhere
+
+
+def compressed_tensors(scheme: str, **attributes: object) -> tuple[object, nn.Module]:
+    layer = make_layer()
+    layer.scheme = make_method(scheme, **attributes)
+    return make_method("CompressedTensorsFusedMoEMethod"), layer
+
+
+def test_compressed_tensors_with_fp8() -> None:
+    def stored(strategy: str, block: list[int] | None) -> methods.Stored:
+        attributes = {"weight_quant": SimpleNamespace(strategy=strategy), "weight_block_size": block}
+        return methods.stored(*compressed_tensors("CompressedTensorsW8A8Fp8MoE", **attributes))
+
+    assert stored("block", [128, 128]).names == methods.SCALES
+    assert stored("tensor", None).prepare is methods.repeat_scales
+    with pytest.raises(support.Unsupported, match="got FP8 experts with a scale per channel$"):
+        stored("channel", None)
+    with pytest.raises(support.Unsupported, match=r"got FP8 experts in blocks of \[64, 128\]$"):
+        stored("block", [64, 128])
+
+
+ONLINE = SimpleNamespace(get_name=lambda: "nvfp4_online", is_checkpoint_nvfp4_serialized=False)
 
 
 @pytest.mark.parametrize(
-    "method, got",
+    "method, layer, got",
     [
-        (make_method("W8A8Int8MoEMethod"), "experts under W8A8Int8MoEMethod"),
-        (make_method("Mxfp4MoEMethod"), "experts under Mxfp4MoEMethod"),
-        (make_method(), "unquantised experts in torch.float32"),
-        (fp8_method(use_mxfp8=True, weight_block_size=[1, 32]), "mxfp8 experts"),
-        (fp8_method(is_fp4_expert=True), "FP4 experts in an FP8 checkpoint"),
-        (fp8_method(weight_block_size=None), "FP8 experts with a scale per tensor"),
-        (fp8_method(weight_block_size=[64, 128]), "FP8 experts with blocks of [64, 128]"),
+        (make_method("GPTQMoEMethod"), make_layer(), "experts under GPTQMoEMethod"),
+        (make_method(), make_layer(torch.float32), "unquantised experts in torch.float32"),
+        (fp8_method(is_fp4_expert=True), make_layer(), "FP4 experts in an FP8 checkpoint"),
+        (fp8_method(weight_block_size=None), make_layer(), "FP8 experts in torch.bfloat16"),
+        (fp8_method(weight_block_size=[64, 1]), make_layer(torch.float8_e4m3fn), "FP8 experts in blocks of [64, 1]"),
+        (
+            make_method("ModelOptNvFp4FusedMoEMethod", quant_config=ONLINE),
+            make_layer(),
+            "experts to be quantised to NVFP4 while they are loaded",
+        ),
+        (*compressed_tensors("CompressedTensorsWNA16MoE"), "experts under CompressedTensorsWNA16MoE"),
     ],
 )
-def test_other_methods_are_refused_in_one_sentence(method: object, got: str) -> None:
+def test_other_methods_are_refused_in_one_sentence(method: object, layer: nn.Module, got: str) -> None:
     with pytest.raises(support.Unsupported) as caught:
-        support.weight_format(method, make_layer(torch.float32))
-    assert str(caught.value) == f"--moe-runner-backend torch_moe: expected {support.SUPPORTED}, got {got}"
+        methods.stored(method, layer)
+    assert str(caught.value) == f"--moe-runner-backend torch_moe: expected {support.supported()}, got {got}"
     assert "\n" not in str(caught.value)
+
+
+def test_the_sentence_names_what_the_package_runs_on_the_device() -> None:
+    assert_expected_inline(
+        support.supported("cpu"),
+        """\
+a model with experts in bf16, fp16, FP8 (128x128 blocks or a scale per tensor), MXFP8, W8A8 INT8, MXFP4, NVFP4, served \
+with tensor or expert parallelism, --moe-a2a-backend none, no LoRA and no single-batch overlap""",
+    )
+
+
+def test_a_format_without_a_backend_on_the_device_is_refused_when_the_layer_is_built(monkeypatch) -> None:
+    problem = moe.explain(device="cpu").problem
+
+    def explain(**facts: object) -> backends.Explanation:
+        return backends.Explanation(problem, (backends.Verdict("triton", "multiplies bf16, got nvfp4"),))
+
+    monkeypatch.setattr("torch_moe_ops.integration.sglang.layer.moe.explain", explain)
+    with pytest.raises(support.Unsupported, match=r"bf16 experts that no backend runs here \(triton: multiplies bf16,"):
+        LayerRunner(make_method(), make_layer(), make_config(), None, SimpleNamespace)
 
 
 @pytest.mark.parametrize(
@@ -168,8 +301,6 @@ def test_other_activations_are_refused(changes: dict[str, object]) -> None:
 
 
 def test_other_uses_of_the_router_weights_are_refused() -> None:
-    with pytest.raises(support.Unsupported, match="no_combine"):
-        support.router_weight_options(make_config(no_combine=True))
     with pytest.raises(support.Unsupported, match="with top_k 2"):
         support.router_weight_options(make_config(apply_router_weight_on_input=True))
 
@@ -233,18 +364,39 @@ def test_router_weight_on_the_input() -> None:
     expect_close(layer, dispatched, silu_mul, run(make_method(), layer, config, dispatched), on_input=True)
 
 
-def test_fp8_weights_go_with_their_scales() -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_outputs_that_are_not_combined(keep) -> None:
+    """no_combine: [T, K, H], neither scaled nor, unless `keep`, weighted; the experts of other ranks give zeros."""
     layer, dispatched = make_layer(), make_dispatched()
-    call = {}
-    for name, parts in (("w13", 2), ("w2", 1)):
-        values, scale, _ = quantize_weight(getattr(layer, f"{name}_weight"), "fp8_block", parts=parts)
-        setattr(layer, f"{name}_weight", values)
-        setattr(layer, f"{name}_weight_scale_inv", scale)
-        call |= {name: values, f"{name}_scale": scale}
-    topk_output = dispatched.topk_output
-    routed = {"topk_weights": topk_output.topk_weights, "topk_ids": topk_output.topk_ids}
-    expected = moe.fused_moe(dispatched.hidden_states, **routed, **call, format="fp8_block")
-    assert torch.equal(run(fp8_method(), layer, make_config(), dispatched), expected)
+    dispatched.topk_output.topk_ids[3, 1] = -1
+    config = make_config(no_combine=True, no_combine_keep_router_weight=keep, routed_scaling_factor=2.5)
+    output = run(make_method(), layer, config, dispatched)
+    assert output.shape == (T, K, H) and not output[3, 1].any()
+    weights = 1.0 if keep else dispatched.topk_output.topk_weights[..., None].double()
+    expect_close(layer, dispatched, silu_mul, (output.double() * weights).sum(1))
+
+
+def test_rows_that_pad_the_batch_are_not_read() -> None:
+    """Data-parallel attention pads the batch with rows of any content and ids of -1."""
+    layer, dispatched = make_layer(), make_dispatched()
+    expected = run(make_method(), layer, make_config(), dispatched)
+    dispatched.topk_output.topk_ids[5:] = -1
+    dispatched.topk_output.topk_weights[5:] = float("nan")
+    dispatched.hidden_states[5:] = float("nan")
+    output = run(make_method(), layer, make_config(), dispatched)
+    assert torch.equal(output[:5], expected[:5]) and not output[5:].any()
+
+
+def test_redundant_experts_are_experts_like_others() -> None:
+    """Expert balancing stores a copy of an expert, sends it some of its tokens, and moves weights between slots."""
+    layer, dispatched = make_layer(), make_dispatched()
+    expected = run(make_method(), layer, make_config(), dispatched)
+    for name in ("w13_weight", "w2_weight"):
+        weight = getattr(layer, name)
+        setattr(layer, name, torch.cat([weight, weight[:2]]))
+    ids = dispatched.topk_output.topk_ids
+    ids[::2] = torch.where(ids[::2] < 2, ids[::2] + E, ids[::2])
+    assert torch.equal(run(make_method(), layer, make_config(), dispatched), expected)
 
 
 def test_weights_replaced_while_serving_are_used() -> None:
@@ -301,10 +453,10 @@ def test_an_error_of_an_unsupported_method_names_what_is_supported(monkeypatch) 
         layer.quant_method = make_method(name)
         raise NotImplementedError("torch_moe")
 
-    name = "Mxfp4MoEMethod"
+    name = "AWQMoEMethod"
     with pytest.raises(support.Unsupported, match="got NotImplementedError while SGLang built the layer: torch_moe"):
         build(monkeypatch, original)
-    name = support.FP8  # an ordinary mistake in a supported layer keeps its own message
+    name = "Fp8MoEMethod"  # an ordinary mistake in a supported layer keeps its own message
     with pytest.raises(NotImplementedError, match="^torch_moe$"):
         build(monkeypatch, original)
 
@@ -355,6 +507,7 @@ QWEN = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 256,
     "intermediate_size": 999,
+    "num_hidden_layers": 4,
     "torch_dtype": "bfloat16",
 }
 FP8_CONFIG = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
@@ -371,7 +524,7 @@ def test_check_reads_the_experts_of_a_rank() -> None:
         ({**QWEN, "num_experts": None}, {}, "no num_experts or n_routed_experts"),
         (QWEN, {"tp": 2, "ep": 3}, "--tp 2 --ep 3 does not divide"),
         (QWEN | FP8_CONFIG, {"tp": 4}, "128x128 blocks do not fit 64 columns on a rank: use --ep 4"),
-        (QWEN | {"quantization_config": {"quant_method": "gptq"}}, {}, "got quant_method gptq with"),
+        (QWEN | {"quantization_config": {"quant_method": "gptq"}}, {}, "got quant_method gptq"),
         (QWEN | {"torch_dtype": "float32"}, {}, "got float32"),
     ],
 )
@@ -380,9 +533,54 @@ def test_check_says_why_not(config, ranks, sentence) -> None:
         check.read_config(config, **ranks)
 
 
+def weights_of(bits: int, type: str, strategy: str, **more: object) -> dict:
+    return {"num_bits": bits, "type": type, "strategy": strategy} | more
+
+
+@pytest.mark.parametrize(
+    "quantisation, format",
+    [
+        ({"quant_method": "fp8"}, "fp8_block"),
+        ({"quant_method": "mxfp8"}, "mxfp8"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "w8a8_int8"}, "int8"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
+        ({"quantization": {"quant_algo": "NVFP4", "group_size": 16}}, "nvfp4"),  # hf_quant_config.json
+        ((weights_of(8, "float", "block", block_structure=[128, 128]), weights_of(8, "float", "group")), "fp8_block"),
+        ((weights_of(8, "float", "tensor"), weights_of(8, "float", "tensor")), "fp8_block"),
+        ((weights_of(8, "int", "channel"), weights_of(8, "int", "token", dynamic=True)), "int8"),
+        ((weights_of(4, "float", "tensor_group"), weights_of(4, "float", "tensor_group")), "nvfp4"),
+        ((weights_of(4, "float", "group", group_size=32), None), "mxfp4"),
+        ((weights_of(4, "int", "group", group_size=32), None), None),
+        ((weights_of(8, "float", "channel"), weights_of(8, "float", "token", dynamic=True)), None),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, None),
+        ({"quant_method": "fp8", "weight_block_size": [64, 128]}, None),
+    ],
+)
+def test_check_reads_the_format(quantisation, format) -> None:
+    if isinstance(quantisation, tuple):
+        group = dict(zip(("weights", "input_activations"), quantisation, strict=True))
+        quantisation = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    if format is None:
+        with pytest.raises(ValueError, match="^expected a model with experts in .* got "):
+            check.read_format({"quantization_config": quantisation})
+    else:
+        assert check.read_format({"quantization_config": quantisation}) == format
+
+
+def test_check_reads_which_layers_have_experts() -> None:
+    assert check.moe_layers(QWEN | {"first_k_dense_replace": 1}) == [1, 2, 3]
+    assert check.moe_layers({"text_config": QWEN | {"decoder_sparse_step": 2, "mlp_only_layers": [3]}}) == [1]
+
+
 def test_check_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN))
-    assert adapter_main(["check", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.endswith("\nsupported\n")
+    assert adapter_main(["check", str(tmp_path), "--device", "cpu", "--port", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("not looked at: --port 1\n") and out.endswith("\nsupported\n")
+    assert "4 layers with experts: 0, 1, 2, 3\n" in out
+    assert adapter_main(["check", str(tmp_path), "--device", "cpu", "--moe-a2a-backend", "deepep"]) == 1
+    refusal = f"not supported: expected {support.supported('cpu')}, got --moe-a2a-backend deepep\n"
+    assert refusal in capsys.readouterr().out
     assert adapter_main(["check", str(tmp_path / "absent")]) == 1
     assert "not supported: " in capsys.readouterr().out

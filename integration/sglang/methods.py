@@ -1,0 +1,159 @@
+"""SGLang's quantisation methods: how the experts of a layer are stored.
+
+    method (the layer's quant_method), layer -> Stored(format, the layer's tensor for each argument of moe::fused_moe)
+
+SGLang keeps w13 as [gate; up] for a backend it does not know, so only names differ, except for what is done once when
+the weights have been loaded (`prepare`): FP8 with a scale per tensor becomes FP8 with 128x128 blocks of equal scales,
+which is exact, and NVFP4 gets the global scales of its activations. Nothing here imports SGLang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .support import DTYPE_FORMATS, Unsupported, act_formats
+
+SCALES = {"w13_scale": "w13_weight_scale", "w2_scale": "w2_weight_scale"}
+INVERSE_SCALES = {"w13_scale": "w13_weight_scale_inv", "w2_scale": "w2_weight_scale_inv"}  # multipliers all the same
+NVFP4_SCALES = SCALES | {"w13_global_scale": "w13_weight_scale_2", "w2_global_scale": "w2_weight_scale_2"}
+NVFP4_SCALES |= {"a13_global_scale": "a13_global_scale", "a2_global_scale": "a2_global_scale"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the experts of a layer are stored. `names`: argument of moe::fused_moe -> attribute of the layer."""
+
+    format: str
+    names: dict[str, str] = field(default_factory=dict)
+    act_formats: Sequence[str] = ("",)  # what may multiply the weights, the best first; "" is the weights' format
+    prepare: Callable[[nn.Module], None] = lambda layer: None
+
+
+def unquantised(method: object, layer: nn.Module) -> Stored:
+    return Stored(dtype_format(layer.w13_weight.dtype, "unquantised experts"))
+
+
+def fp8(method: object, layer: nn.Module) -> Stored:
+    if getattr(method, "is_fp4_expert", False):
+        raise Unsupported("FP4 experts in an FP8 checkpoint")
+    if layer.w13_weight.dtype != torch.float8_e4m3fn:
+        raise Unsupported(f"FP8 experts in {layer.w13_weight.dtype}")  # to be quantised when loaded
+    if getattr(method, "use_mxfp8", False):
+        return Stored("mxfp8", INVERSE_SCALES, act_formats("mxfp8", hidden_format(layer)))
+    block = getattr(method, "weight_block_size", None)
+    return fp8_in_blocks(block, INVERSE_SCALES) if block is not None else fp8_per_tensor()
+
+
+def fp8_in_blocks(block: Sequence[int], names: dict[str, str]) -> Stored:
+    if list(block) != [128, 128]:
+        raise Unsupported(f"FP8 experts in blocks of {list(block)}")
+    return Stored("fp8_block", names)
+
+
+def fp8_per_tensor() -> Stored:
+    return Stored("fp8_block", INVERSE_SCALES, prepare=repeat_scales)
+
+
+def repeat_scales(layer: nn.Module) -> None:
+    """w13_weight_scale [E, 2] and w2_weight_scale [E] -> one per block, as parameters, so that they follow the experts.
+
+    Scales of the checkpoint's activations are not needed: these are scaled in blocks, by their own maximum.
+    """
+    for name in ("w13", "w2"):
+        weight, scale = getattr(layer, f"{name}_weight"), getattr(layer, f"{name}_weight_scale")
+        num_experts, rows, columns = weight.shape
+        parts = scale.numel() // num_experts
+        blocks = (-(-rows // parts // 128), -(-columns // 128))
+        scale = scale.reshape(num_experts, parts, 1, 1).expand(-1, -1, *blocks).flatten(1, 2)
+        layer.register_parameter(f"{name}_weight_scale_inv", nn.Parameter(scale.contiguous(), requires_grad=False))
+
+
+def int8(method: object, layer: nn.Module) -> Stored:
+    return Stored("int8", SCALES)
+
+
+def mxfp4(method: object, layer: nn.Module) -> Stored:
+    size, stored = layer.intermediate_size_per_partition, layer.w2_weight.shape[2] * 2
+    if stored != size and not interleaved(layer.moe_runner_config):
+        raise Unsupported(f"MXFP4 experts of {size} columns, which SGLang stores as {stored} for gate and up alike")
+    return Stored("mxfp4", SCALES, act_formats("mxfp4", hidden_format(layer)))
+
+
+def nvfp4(method: object, layer: nn.Module) -> Stored:
+    config = method.quant_config
+    if config.get_name() != "modelopt_fp4" or not config.is_checkpoint_nvfp4_serialized:
+        raise Unsupported("experts to be quantised to NVFP4 while they are loaded")
+    hidden, only_weights = hidden_format(layer), getattr(config, "is_w4a16", False)
+
+    def prepare(layer: nn.Module) -> None:
+        """One scale for all experts, also those of other ranks: the result does not depend on who computes it."""
+        for name in ("13", "2"):
+            scale = getattr(layer, f"w{name}_input_scale").max().float().reshape(1)
+            setattr(layer, f"a{name}_global_scale", None if only_weights else scale)
+
+    return Stored("nvfp4", NVFP4_SCALES, (hidden,) if only_weights else act_formats("nvfp4", hidden), prepare)
+
+
+def compressed_tensors(method: object, layer: nn.Module) -> Stored:
+    """The layer's scheme decides."""
+    scheme = layer.scheme
+    name = type(scheme).__name__
+    if name == "CompressedTensorsW8A8Fp8MoE":
+        strategy = getattr(scheme.weight_quant.strategy, "value", scheme.weight_quant.strategy)
+        if strategy == "block":
+            return fp8_in_blocks(scheme.weight_block_size, SCALES)
+        if strategy == "tensor":
+            return fp8_per_tensor()
+        raise Unsupported(f"FP8 experts with a scale per {strategy}")
+    if name == "CompressedTensorsW4A4Nvfp4MoE":
+        method.load_up_proj_weight_first = False  # read by the loader, later
+        return Stored("nvfp4", NVFP4_SCALES, act_formats("nvfp4", hidden_format(layer)), invert_global_scales)
+    raise Unsupported(f"experts under {name}")
+
+
+def invert_global_scales(layer: nn.Module) -> None:
+    """compressed-tensors stores the largest representable value over the largest value, that is 1 / global scale."""
+    for name in ("13", "2"):
+        layer.register_parameter(f"w{name}_weight", getattr(layer, f"w{name}_weight_packed"))
+        weight_scale = 1 / getattr(layer, f"w{name}_weight_global_scale").float()
+        act_scale = 1 / getattr(layer, f"w{name}_input_global_scale").min().float().reshape(1)
+        setattr(layer, f"w{name}_weight_scale_2", nn.Parameter(weight_scale, requires_grad=False))
+        setattr(layer, f"a{name}_global_scale", act_scale)
+
+
+def dtype_format(dtype: torch.dtype, what: str) -> str:
+    if dtype not in DTYPE_FORMATS:
+        raise Unsupported(f"{what} in {dtype}")
+    return DTYPE_FORMATS[dtype]
+
+
+def hidden_format(layer: nn.Module) -> str:
+    return dtype_format(layer.moe_runner_config.params_dtype, "hidden states")
+
+
+def interleaved(config: object) -> bool:
+    """gpt-oss: rows of gate and up alternate."""
+    return config.gemm1_alpha is not None and bool(config.gate_up_interleaved)
+
+
+# By the name of the quantisation method's class, with its module below sglang.srt.layers.quantization.
+METHODS: dict[str, tuple[str, Callable[[object, nn.Module], Stored]]] = {
+    "UnquantizedFusedMoEMethod": ("unquant", unquantised),
+    "Fp8MoEMethod": ("fp8", fp8),
+    "W8A8Int8MoEMethod": ("w8a8_int8", int8),
+    "Mxfp4MoEMethod": ("mxfp4", mxfp4),
+    "ModelOptNvFp4FusedMoEMethod": ("modelopt_quant", nvfp4),
+    "CompressedTensorsFusedMoEMethod": ("compressed_tensors.compressed_tensors", compressed_tensors),
+}
+
+
+def stored(method: object, layer: nn.Module) -> Stored:
+    """An Unsupported error names what the adapter does not take."""
+    name = type(method).__name__
+    if name not in METHODS:
+        raise Unsupported(f"experts under {name}")
+    return METHODS[name][1](method, layer)
