@@ -1,0 +1,62 @@
+"""name -> tensor: the safetensors files of a checkpoint, mapped into memory and read one tensor or expert at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..meta_kernels._check import refuse
+
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """The tensors under `path`: one .safetensors file, or a directory of them, with or without an index.
+
+    Opening reads names alone. Files are opened when a tensor of theirs is first read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._files: dict[str, Any] = {}
+        self._file_of = self._find_tensors()
+
+    def names(self, prefix: str = "") -> list[str]:
+        """The names that begin with `prefix`, sorted."""
+        return sorted(name for name in self._file_of if name.startswith(prefix))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Without reading the tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """The tensor, or its element `index` along the first dimension."""
+        return self._open(self._file_of[name]).get_tensor(name) if index is None else self._slice(name)[index]
+
+    def _slice(self, name: str) -> Any:  # noqa: ANN401  (safetensors has no public type for it)
+        return self._open(self._file_of[name]).get_slice(name)
+
+    def _find_tensors(self) -> dict[str, str]:
+        index = self.path / INDEX
+        if index.is_file():
+            return json.loads(index.read_text())["weight_map"]
+        files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
+        if not files:
+            refuse("Checkpoint", "path", "a .safetensors file or a directory with some", self.path)
+        return {name: file.name for file in files for name in self._open(file.name).keys()}
+
+    def _open(self, file_name: str) -> Any:  # noqa: ANN401
+        if file_name not in self._files:
+            from safetensors import safe_open  # here: the ops do without it
+
+            folder = self.path.parent if self.path.is_file() else self.path
+            if not (folder / file_name).is_file():
+                refuse("Checkpoint", "path", f"the file {file_name}, which the index names", "none")
+            self._files[file_name] = safe_open(folder / file_name, framework="pt")
+        return self._files[file_name]
