@@ -33,7 +33,7 @@ def max_rows(num_slots: int, num_experts: int, alignment: int = 1) -> int:
 
 def is_mn_major(format: Format) -> bool:
     """Whether permute and act_mul write the scale MN-major."""
-    return format.act_block == (1, 128)
+    return format.act_block == (1, 128) and format.scale_dtype == torch.float32
 
 
 def act_scale_strides(format: Format, rows: int, columns: int) -> tuple[int, int]:

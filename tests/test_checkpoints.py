@@ -363,7 +363,8 @@ another prefix
 experts that are not there
   load_experts: experts: expected different numbers from 0 to 3, got [0, 4]
 a format nobody knows
-  load_experts: act_format: expected one of bf16, fp16, int8, fp8_block, mxfp8, mxfp4, nvfp4, got fp7""",
+  load_experts: act_format: expected one of bf16, fp16, int8, fp8_block, fp8_block_e8m0, mxfp8, mxfp4, nvfp4,
+    got fp7""",
     )
 
 

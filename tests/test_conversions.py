@@ -184,8 +184,8 @@ def test_errors() -> None:
     assert_expected_inline(
         "\n".join(lines),
         """\
-convert_weight: format: expected one of bf16, fp16, int8, fp8_block, mxfp8, mxfp4, nvfp4, got fp4
-convert_weight: to: expected one of bf16, fp16, int8, fp8_block, mxfp8, mxfp4, nvfp4, got mxfp5
+convert_weight: format: expected one of bf16, fp16, int8, fp8_block, fp8_block_e8m0, mxfp8, mxfp4, nvfp4, got fp4
+convert_weight: to: expected one of bf16, fp16, int8, fp8_block, fp8_block_e8m0, mxfp8, mxfp4, nvfp4, got mxfp5
 convert_weight: weight: expected [E, N, K/pack], got [32, 32]
 convert_weight: weight_scale: expected float8_e8m0fnu or uint8 [2, 32, 2] on cpu, got float8_e4m3fn [2, 32, 4] on cpu
 convert_weight: weight: expected uint8 or float4_e2m1fn_x2 [2, 32, 32] on cpu, got int8 [2, 32, 32] on cpu

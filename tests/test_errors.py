@@ -131,7 +131,7 @@ def test_quantize_and_permute() -> None:
     assert_expected_inline(
         lines,
         """\
-quantize: format: expected one of bf16, fp16, int8, fp8_block, mxfp8, mxfp4, nvfp4, got int4
+quantize: format: expected one of bf16, fp16, int8, fp8_block, fp8_block_e8m0, mxfp8, mxfp4, nvfp4, got int4
 quantize: input: expected a multiple of 2 columns for nvfp4, got [3, 7]
 quantize: input: expected bfloat16 or float16 or float32 [rows, K] on cpu, got float32 [8] on cpu
 quantize: global_scale: expected none for int8, got [1]
@@ -265,7 +265,7 @@ fused_moe: topk_ids: expected int32 [3, 2] on cpu, got int32 [2, 2] on cpu
 fused_moe: w13_scale: expected a scale for fp8_block, got None
 fused_moe: w2_scale: expected float32 [5, 2, 1] on cpu, got float32 [5, 2, 2] on cpu
 fused_moe: w13_bias: expected bfloat16 or float16 or float32 [5, 192] on cpu, got float32 [5, 96] on cpu
-fused_moe: format: expected one of bf16, fp16, int8, fp8_block, mxfp8, mxfp4, nvfp4, got fp4
+fused_moe: format: expected one of bf16, fp16, int8, fp8_block, fp8_block_e8m0, mxfp8, mxfp4, nvfp4, got fp4
 fused_moe: act_format: expected bf16 or a quantised format for bfloat16 values, got fp16
 fused_moe: act_format: expected fp8_block or bf16 or fp16 for fp8_block weights, got mxfp8
 fused_moe: w13: expected float8_e4m3fn [5, 96, 160] on cpu, got float8_e4m3fn [5, 192, 160] on cpu

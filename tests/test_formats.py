@@ -21,7 +21,7 @@ from torch_moe_ops import formats
 from torch_moe_ops.formats import FORMATS
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-QUANTISED = ["int8", "fp8_block", "mxfp8", "mxfp4", "nvfp4"]
+QUANTISED = ["int8", "fp8_block", "fp8_block_e8m0", "mxfp8", "mxfp4", "nvfp4"]
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 E4M3 = [math.ldexp(c & 7, -9) if c < 8 else math.ldexp(8 + (c & 7), (c >> 3) - 10) for c in range(127)]
 TABLES = {"e2m1": E2M1, "e4m3": E4M3}
@@ -62,7 +62,7 @@ def reference_block(name: str, xs: list[float], g: float = 1.0) -> tuple[list[in
     if name in ("int8", "fp8_block"):
         scale = f32(max(amax, f32(1e-10)) / fmt.max_value)
         scale_bits, inverse = f32_bits(scale), divide(1.0, scale)
-    elif name in ("mxfp8", "mxfp4"):
+    elif name in ("fp8_block_e8m0", "mxfp8", "mxfp4"):
         bits = f32_bits(f32(amax / fmt.max_value))
         scale_bits = min((bits >> 23) + (bits & 0x7FFFFF != 0), 254)
         inverse = math.ldexp(1.0, 127 - scale_bits)
@@ -75,7 +75,7 @@ def reference_block(name: str, xs: list[float], g: float = 1.0) -> tuple[list[in
         y = math.nan if math.isinf(x) and inverse == 0 else f32(x * inverse)
         if name == "int8":
             codes.append(0 if math.isnan(y) else int(max(-127, min(127, y if math.isinf(y) else round(y)))) & 0xFF)
-        elif name in ("fp8_block", "mxfp8"):
+        elif name in ("fp8_block", "fp8_block_e8m0", "mxfp8"):
             codes.append(0x7F if math.isnan(y) else nearest_code(E4M3, y))
         else:
             codes.append(0x7 if math.isnan(y) else nearest_code(E2M1, y))
@@ -281,6 +281,7 @@ def test_the_table_of_formats():
     }
     assert rows["int8"] == (torch.int8, 127, torch.float32, (1, None), (1, None), 1)
     assert rows["fp8_block"] == (torch.float8_e4m3fn, 448, torch.float32, (1, 128), (128, 128), 1)
+    assert rows["fp8_block_e8m0"] == (torch.float8_e4m3fn, 448, torch.float8_e8m0fnu, (1, 128), (128, 128), 1)
     assert rows["mxfp8"] == (torch.float8_e4m3fn, 448, torch.float8_e8m0fnu, (1, 32), (1, 32), 1)
     assert rows["mxfp4"] == (torch.uint8, 6, torch.float8_e8m0fnu, (1, 32), (1, 32), 2)
     assert rows["nvfp4"] == (torch.uint8, 6, torch.float8_e4m3fn, (1, 16), (1, 16), 2)
@@ -363,9 +364,7 @@ def test_bf16_quantize_copies():
 
 
 ERRORS = {
-    "permute: format: expected one of bf16, fp16, int8, fp8_block, mxfp8, mxfp4, nvfp4, got fp7": lambda: (
-        formats.get_format("permute", "fp7")
-    ),
+    f"topk: format: expected one of {', '.join(FORMATS)}, got fp7": lambda: formats.get_format("topk", "fp7"),
     "quantize: input: expected an even last dimension for mxfp4, got [2, 5]": lambda: FORMATS["mxfp4"].quantize(
         torch.ones(2, 5), (1, 32)
     ),

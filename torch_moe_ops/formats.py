@@ -136,6 +136,7 @@ FORMATS: dict[str, Format] = {
         Format("fp16", torch.float16, torch.finfo(torch.float16).max, torch.float32, None, None),
         Format("int8", torch.int8, 127.0, torch.float32, (1, None), (1, None)),
         Format("fp8_block", torch.float8_e4m3fn, E4M3_MAX, torch.float32, (1, 128), (128, 128)),
+        Format("fp8_block_e8m0", torch.float8_e4m3fn, E4M3_MAX, torch.float8_e8m0fnu, (1, 128), (128, 128)),
         Format("mxfp8", torch.float8_e4m3fn, E4M3_MAX, torch.float8_e8m0fnu, (1, 32), (1, 32)),
         Format("mxfp4", torch.uint8, E2M1_MAX, torch.float8_e8m0fnu, (1, 32), (1, 32), pack=2),
         Format("nvfp4", torch.uint8, E2M1_MAX, torch.float8_e4m3fn, (1, 16), (1, 16), pack=2, has_global_scale=True),

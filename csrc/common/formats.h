@@ -8,9 +8,14 @@
 
 namespace moe {
 
-enum class Format : int { bf16, fp16, int8, fp8_block, mxfp8, mxfp4, nvfp4 };
+enum class Format : int { bf16, fp16, int8, fp8_block, fp8_block_e8m0, mxfp8, mxfp4, nvfp4 };
 
 constexpr bool has_scale(Format format) { return format != Format::bf16 && format != Format::fp16; }
+
+// Whether a scale is a power of two in one byte.
+constexpr bool has_e8m0_scale(Format format) {
+  return format == Format::fp8_block_e8m0 || format == Format::mxfp8 || format == Format::mxfp4;
+}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -24,7 +29,8 @@ constexpr int chunk_bytes(Format format) { return has_scale(format) ? 8 / pack(f
 // Consecutive k that share a scale; 0: the whole row (int8) or no scale at all.
 constexpr int block_k(Format format) {
   switch (format) {
-    case Format::fp8_block: return 128;
+    case Format::fp8_block:
+    case Format::fp8_block_e8m0: return 128;
     case Format::mxfp8:
     case Format::mxfp4: return 32;
     case Format::nvfp4: return 16;
@@ -64,6 +70,7 @@ cudaError_t dispatch_format(Format format, Function&& function) {
     case Format::fp16: return function.template operator()<Format::fp16>();
     case Format::int8: return function.template operator()<Format::int8>();
     case Format::fp8_block: return function.template operator()<Format::fp8_block>();
+    case Format::fp8_block_e8m0: return function.template operator()<Format::fp8_block_e8m0>();
     case Format::mxfp8: return function.template operator()<Format::mxfp8>();
     case Format::mxfp4: return function.template operator()<Format::mxfp4>();
     case Format::nvfp4: return function.template operator()<Format::nvfp4>();

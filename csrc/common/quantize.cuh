@@ -47,7 +47,7 @@ __device__ __forceinline__ Scale make_scale(float amax, float global_scale) {
     const uint32_t code = pack_e4m3(__fdiv_rn(amax, limit), 0.f) & 0xffu;
     const float decoded = decode_e4m3(static_cast<uint8_t>(code));
     return {code, decoded == 0.f ? 0.f : __fdiv_rn(1.f, __fmul_rn(decoded, global_scale))};
-  } else if constexpr (kFormat == Format::mxfp8 || kFormat == Format::mxfp4) {
+  } else if constexpr (has_e8m0_scale(kFormat)) {
     const uint32_t byte = encode_e8m0(__float_as_uint(__fdiv_rn(amax, max_value(kFormat))));
     return {byte, __uint_as_float(e8m0_inverse_bits(byte))};
   } else {

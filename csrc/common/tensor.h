@@ -47,11 +47,12 @@ inline DType float_dtype(const Tensor& tensor) {
 }
 
 inline Format parse_format(const char* op, const std::string& name) {
-  static constexpr const char* kNames[] = {"bf16", "fp16", "int8", "fp8_block", "mxfp8", "mxfp4", "nvfp4"};
-  for (int i = 0; i < 7; ++i) {
+  static constexpr const char* kNames[] = {"bf16",           "fp16",  "int8",  "fp8_block",
+                                           "fp8_block_e8m0", "mxfp8", "mxfp4", "nvfp4"};
+  for (int i = 0; i < 8; ++i) {
     if (name == kNames[i]) return static_cast<Format>(i);
   }
-  refuse(op, "format", "one of bf16, fp16, int8, fp8_block, mxfp8, mxfp4, nvfp4", name);
+  refuse(op, "format", "one of bf16, fp16, int8, fp8_block, fp8_block_e8m0, mxfp8, mxfp4, nvfp4", name);
 }
 
 inline ScalarType value_dtype(Format format) {
@@ -60,13 +61,14 @@ inline ScalarType value_dtype(Format format) {
     case Format::fp16: return ScalarType::Half;
     case Format::int8: return ScalarType::Char;
     case Format::fp8_block:
+    case Format::fp8_block_e8m0:
     case Format::mxfp8: return ScalarType::Float8_e4m3fn;
     default: return ScalarType::Byte;
   }
 }
 
 inline ScalarType scale_dtype(Format format) {
-  if (format == Format::mxfp8 || format == Format::mxfp4) return ScalarType::Float8_e8m0fnu;
+  if (has_e8m0_scale(format)) return ScalarType::Float8_e8m0fnu;
   return format == Format::nvfp4 ? ScalarType::Float8_e4m3fn : ScalarType::Float;
 }
 

@@ -101,10 +101,11 @@ std::pair<py::bytes, uint32_t> quantize_block(const std::string& format, const s
   std::copy_n(x.data(), floats.size() * sizeof(float), reinterpret_cast<char*>(floats.data()));
   if (format == "int8") return quantize_chunks<Format::int8>(floats, global_scale);
   if (format == "fp8_block") return quantize_chunks<Format::fp8_block>(floats, global_scale);
+  if (format == "fp8_block_e8m0") return quantize_chunks<Format::fp8_block_e8m0>(floats, global_scale);
   if (format == "mxfp8") return quantize_chunks<Format::mxfp8>(floats, global_scale);
   if (format == "mxfp4") return quantize_chunks<Format::mxfp4>(floats, global_scale);
   if (format == "nvfp4") return quantize_chunks<Format::nvfp4>(floats, global_scale);
-  throw py::value_error("quantize_block: format: expected one of int8, fp8_block, mxfp8, mxfp4, nvfp4, got " + format);
+  throw py::value_error("quantize_block: format: expected a quantised format, got " + format);
 }
 
 }  // namespace

@@ -6,13 +6,23 @@ import pytest
 import torch
 
 import torch_moe_ops as moe
-from torch_moe_ops.formats import FORMATS
+from torch_moe_ops.formats import FORMATS, decode_scale
 
-SCALE_COLUMNS = {"bf16": 0, "fp16": 0, "int8": 1, "fp8_block": 2, "mxfp8": 7, "mxfp4": 7, "nvfp4": 13}
+SCALE_COLUMNS = {
+    "bf16": 0,
+    "fp16": 0,
+    "int8": 1,
+    "fp8_block": 2,
+    "fp8_block_e8m0": 2,
+    "mxfp8": 7,
+    "mxfp4": 7,
+    "nvfp4": 13,
+}
 # The largest relative error of a value at least as large as half of its block's maximum: half a step of the value
 # type, and for int8 half a step of the block. The scale of mxfp4 and mxfp8 may be up to twice as large as needed.
 WORST_ERROR = {
-    "bf16": 2**-8, "fp16": 2**-11, "int8": 1 / 127, "fp8_block": 2**-4, "mxfp8": 2**-4, "mxfp4": 0.34, "nvfp4": 0.34,
+    "bf16": 2**-8, "fp16": 2**-11, "int8": 1 / 127, "fp8_block": 2**-4, "fp8_block_e8m0": 2**-4, "mxfp8": 2**-4,
+    "mxfp4": 0.34, "nvfp4": 0.34,
 }  # fmt: skip
 
 
@@ -60,3 +70,34 @@ def test_the_input_is_copied() -> None:
     x = torch.randn(2, 4).bfloat16()
     values, _ = moe.quantize(x, "bf16")
     assert torch.equal(values, x) and values.data_ptr() != x.data_ptr()
+
+
+def test_s3_5_scale_modes() -> None:
+    """FP8 with 128-blocks: float32 scales, float32 powers of two, and those as packed MN-major words."""
+    torch.manual_seed(0)
+    x = torch.randn(130, 640).bfloat16() * torch.logspace(-3, 3, 130)[:, None]
+    _, scale = moe.quantize(x, "fp8_block")
+    values, exponents = moe.quantize(x, "fp8_block_e8m0")
+    rounded = decode_scale(exponents)
+    assert torch.equal(rounded, torch.exp2(torch.log2(scale.double()).ceil()).float())  # up, to a power of two
+    assert torch.equal(moe.quantize(x / rounded.repeat_interleave(128, 1), "fp8_block_e8m0")[0].float(), values.float())
+    words = moe.pack_scale(exponents, "words_mn")
+    assert words.dtype == torch.int32 and words.shape == (130, 2) and words.stride() == (1, 132)
+    assert torch.equal(words[:, 1] & 0xFF, exponents.view(torch.uint8)[:, 4].int())  # the fifth scale of each row
+    # A GEMM for float32 scales takes the rounded ones as they are.
+    offsets = torch.tensor([0, 130]).int()
+    b, b_scale = FORMATS["fp8_block"].quantize(torch.randn(1, 64, 640), (128, 128))
+    options = {"b_scale": b_scale, "format": "fp8_block", "out_dtype": torch.float32}
+    out = moe.grouped_gemm(values, b, offsets, a_scale=rounded, **options)
+    exact = FORMATS["fp8_block_e8m0"].dequantize(values, exponents, (1, 128)).double()
+    exact = exact @ FORMATS["fp8_block"].dequantize(b, b_scale, (128, 128))[0].double().T
+    torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+
+
+def test_s3_5_scale_modes_of_act_mul() -> None:
+    gate_up = torch.randn(6, 2 * 256).bfloat16()
+    offsets = torch.tensor([0, 6]).int()
+    _, scale = moe.act_mul(gate_up, offsets, format="fp8_block")
+    _, exponents = moe.act_mul(gate_up, offsets, format="fp8_block_e8m0")
+    assert scale.stride() == (1, 8) and exponents.is_contiguous()
+    assert torch.equal(decode_scale(exponents), torch.exp2(torch.log2(scale.double()).ceil()).float())

@@ -24,6 +24,7 @@ ROUNDING = {
     "fp16": 0.0002,
     "int8": 0.009,
     "fp8_block": 0.027,
+    "fp8_block_e8m0": 0.027,
     "mxfp8": 0.027,
     "mxfp4": 0.117,
     "nvfp4": 0.097,

@@ -47,7 +47,7 @@ class Row:
         return right and self.compiled is not False and self.graph is not False
 
     def __str__(self) -> str:
-        start = f"{self.layer:<10}{self.format:<11}{self.backend or '-':<14}"
+        start = f"{self.layer:<10}{self.format:<16}{self.backend or '-':<14}"
         if self.error is None:
             return f"{start}{self.note}"
         same = ["-" if value is None else "same" if value else "DIFFERS" for value in (self.compiled, self.graph)]
@@ -55,7 +55,7 @@ class Row:
         return f"{start}{self.error:>9.5f}{self.tolerance:>11.5f}{same[0]:>10}{same[1]:>9}  {verdict}"
 
 
-HEADER = f"{'layer':<10}{'format':<11}{'backend':<14}{'error':>9}{'tolerance':>11}{'compiled':>10}{'graph':>9}"
+HEADER = f"{'layer':<10}{'format':<16}{'backend':<14}{'error':>9}{'tolerance':>11}{'compiled':>10}{'graph':>9}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -139,8 +139,8 @@ def encode_int8(x):
 @triton.jit
 def block_scale(amax, global_scale, FORMAT: tl.constexpr):
     """amax float32 [BLOCKS] -> (scale as stored, what to multiply the block with)."""
-    if FORMAT == "mxfp8" or FORMAT == "mxfp4":
-        s = tl.math.div_rn(amax, tl.full(amax.shape, 448.0 if FORMAT == "mxfp8" else 6.0, tl.float32))
+    if FORMAT == "fp8_block_e8m0" or FORMAT == "mxfp8" or FORMAT == "mxfp4":
+        s = tl.math.div_rn(amax, tl.full(amax.shape, 6.0 if FORMAT == "mxfp4" else 448.0, tl.float32))
         bits = s.to(tl.int32, bitcast=True)
         byte = tl.minimum((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32), 254)
         # 2^(127 - byte); for byte 254 that is a float32 denormal.
@@ -171,7 +171,7 @@ def quantize_blocks(x, global_scale, FORMAT: tl.constexpr, BLOCKS: tl.constexpr,
         scaled = x * inverse[:, None]
         if FORMAT == "int8":
             return encode_int8(scaled), scale
-        elif FORMAT == "fp8_block" or FORMAT == "mxfp8":
+        elif FORMAT == "fp8_block" or FORMAT == "fp8_block_e8m0" or FORMAT == "mxfp8":
             return encode_e4m3(scaled), scale
         else:
             low, high = tl.split(tl.reshape(encode_e2m1(scaled), [BLOCKS, BLOCK // 2, 2]))
