@@ -8,8 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from . import _library as _library  # defines torch.ops.moe
 from .backends import explain
 from .build_info import build_info
+from .conversions import convert_weight, fold_global_scale
 from .experts import Experts
-from .formats import FORMATS
+from .formats import FORMATS, compute_global_scale
 from .meta_kernels._sizes import max_rows, workspace_bytes
 from .ops.act_mul import act_mul
 from .ops.finalize import finalize
@@ -32,8 +33,11 @@ __all__ = [
     "Experts",
     "act_mul",
     "build_info",
+    "compute_global_scale",
+    "convert_weight",
     "explain",
     "finalize",
+    "fold_global_scale",
     "fused_moe",
     "grouped_gemm",
     "max_rows",

@@ -174,16 +174,24 @@ def quantize_weight(
     step = max(1, CHUNK_ELEMENTS // max(1, n * k))
     for chunk in (slice(first, first + step) for first in range(0, num_experts, step)):
         if fmt.has_global_scale and given is None:
-            global_scale[chunk] = _weight_global_scale(weight[chunk], fmt, parts)
+            global_scale[chunk] = compute_global_scale(weight[chunk], parts=parts)
         chunk_global = global_scale if global_scale is None or global_scale.numel() == 1 else global_scale[chunk]
         values[chunk], scale[chunk] = fmt.quantize(weight[chunk], fmt.weight_block, chunk_global, parts)
     return values, scale, global_scale
 
 
-def _weight_global_scale(weight: Tensor, fmt: Format, parts: int) -> Tensor:
-    """weight [E, N, K] -> [E, parts]: amax / (largest value * largest scale), 1 for an all-zero part."""
-    amax = _amax(weight.float().unflatten(1, (parts, weight.shape[1] // parts)), (-2, -1))
-    global_scale = amax / amax.new_full((), fmt.max_value * E4M3_MAX)
+def compute_global_scale(x: Tensor, *, parts: int = 1) -> Tensor:
+    """nvfp4's global scale for x [..., rows, k], float32 [..., parts]: amax / (6 * 448), and 1 where x is all zero.
+
+    The largest block scale is then 448, the end of e4m3's range. For weights, and for a calibration batch of
+    activations: computed anew in each call, it would make a token's result depend on the other tokens.
+    """
+    if x.dim() < 2 or x.shape[-2] % parts:
+        raise RuntimeError(f"compute_global_scale: x: expected [..., a multiple of {parts}, k], got {list(x.shape)}")
+    if x.numel() == 0:
+        return x.new_ones((*x.shape[:-2], parts), dtype=torch.float32)
+    amax = _amax(x.float().unflatten(-2, (parts, x.shape[-2] // parts)), (-2, -1))
+    global_scale = amax / amax.new_full((), E2M1_MAX * E4M3_MAX)
     return torch.where(global_scale > 0, global_scale, 1.0)
 
 
