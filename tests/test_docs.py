@@ -22,6 +22,11 @@ def test_the_api_page_is_current_and_complete() -> None:
     assert {name for name in script["ORDER"] if "." not in name} == set(moe.__all__) - {"FORMATS"}
 
 
+def test_the_measured_conversions_are_current() -> None:
+    script = runpy.run_path(str(ROOT / "docs/make_formats.py"))
+    assert (ROOT / "docs/formats.md").read_text() == script["text"](), "run: python docs/make_formats.py"
+
+
 def test_the_schemas_in_the_contract_are_those_of_the_ops() -> None:
     block = (ROOT / "docs/ops.md").read_text().partition("## Schemas\n```\n")[2].partition("\n```")[0]
     lines = [" ".join(schema.split()) for schema in re.split(r"\n(?=moe::)", block)]
