@@ -154,8 +154,8 @@ def test_to_gate_up(dtype, group):
     assert to_gate_up(want, "gate_up") is want
 
 
-@pytest.mark.parametrize("layout", ["up_gate", "interleaved"])
-def test_layouts_are_the_same_layer(layout):
+@pytest.mark.parametrize("layout, group", [("up_gate", 1), ("interleaved", 1), ("interleaved", 8), ("interleaved", 16)])
+def test_layouts_are_the_same_layer(layout, group):
     w13, w2 = random_weights()
     gate, up = w13.chunk(2, 1)
     bias = torch.randn(4, 192)
@@ -163,9 +163,12 @@ def test_layouts_are_the_same_layer(layout):
     if layout == "up_gate":
         given, given_bias = torch.cat([up, gate], 1), torch.cat([bias_up, bias_gate], 1)
     else:
-        given, given_bias = torch.stack([gate, up], 2).flatten(1, 2), torch.stack([bias_gate, bias_up], 2).flatten(1, 2)
+        given, given_bias = (
+            torch.stack([first.unflatten(1, (-1, group)), second.unflatten(1, (-1, group))], 2).flatten(1, 3)
+            for first, second in ((gate, up), (bias_gate, bias_up))
+        )
     experts = Experts.from_weights(w13, w2, format="nvfp4", w13_bias=bias)
-    other = Experts.from_weights(given, w2, format="nvfp4", w13_bias=given_bias, w13_layout=layout)
+    other = Experts.from_weights(given, w2, format="nvfp4", w13_bias=given_bias, w13_layout=layout, w13_group=group)
     for name in TENSORS:
         mine, yours = getattr(experts, name), getattr(other, name)
         assert (mine is None) == (yours is None) and (mine is None or torch.equal(as_bytes(mine), as_bytes(yours))), (

@@ -72,6 +72,19 @@ def test_the_kernels_index_as_the_reference_packs(layout: str, rows: int, column
     assert torch.equal(storage[where], scale)
 
 
+@settings(max_examples=100, deadline=None)
+@given(counts=st.lists(st.sampled_from([0, 0, 1, 5, 127, 128, 129, 300]), min_size=1, max_size=9))
+def test_the_kernels_find_the_expert_of_an_atom(counts: list[int]) -> None:
+    """Each row's number as its scale, in three bytes, packed by the reference: the kernel's rows are the same."""
+    expert_offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    rows = int(expert_offsets[-1]) + 2  # the last two are no expert's
+    numbers = torch.arange(1, rows + 1)
+    scale = torch.stack((numbers & 255, numbers >> 8 & 255, numbers >> 16), 1).to(torch.uint8)
+    packed = moe.pack_scale(scale, "atom", expert_offsets=expert_offsets).view(torch.int32).flatten().long()
+    found = torch.frombuffer(bytearray(host.expert_rows(expert_offsets.numpy().tobytes(), rows)), dtype=torch.int32)
+    assert torch.equal(torch.where(found == rows, -1, found).long(), packed - 1)
+
+
 # ---- quantisers ------------------------------------------------------------------------------------------------------
 
 QUANTISED = [name for name, format in FORMATS.items() if format.has_scale]

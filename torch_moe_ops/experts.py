@@ -117,21 +117,23 @@ class Experts(nn.Module):
         *,
         format: str = "bf16",
         w13_layout: str = "gate_up",
+        w13_group: int = 1,
         w13_bias: Tensor | None = None,
         activation: str = "silu",
         **options: object,
     ) -> Experts:
         """bf16, fp16 or float32 weights w13 [E, 2I, H] and w2 [E, H, I], quantised to `format`, expert by expert.
 
-        `w13_layout` is the order of the rows of w13 and w13_bias as given; they are stored gate over up. The other
-        `options` are the constructor's. For a checkpoint that is quantised already, call the constructor.
+        `w13_layout` is the order of the rows of w13 and w13_bias as given, "interleaved" by groups of `w13_group` rows;
+        they are stored gate over up. The other `options` are the constructor's. For a checkpoint that is quantised
+        already, call the constructor.
         """
         parts = 2 if get_activation("Experts", activation).gated else 1
         if parts == 1 and w13_layout != "gate_up":
             refuse("Experts", "w13_layout", f"gate_up for {activation}, which is not gated", w13_layout)
         else:
-            w13 = to_gate_up(w13, w13_layout)
-            w13_bias = None if w13_bias is None else to_gate_up(w13_bias, w13_layout)
+            w13 = to_gate_up(w13, w13_layout, group=w13_group)
+            w13_bias = None if w13_bias is None else to_gate_up(w13_bias, w13_layout, group=w13_group)
         w13, w13_scale, w13_global_scale = quantize_weight(w13, format, parts=parts)
         w2, w2_scale, w2_global_scale = quantize_weight(w2, format)
         return cls(

@@ -17,19 +17,6 @@ namespace moe {
 
 constexpr int kWordsOfBlock = 8, kPlacesOfBlock = 32;
 
-// The matrix row of an atom's place when each expert has atoms of its own; `args.rows` where there is none.
-__device__ __forceinline__ int64_t expert_row_at(const ScaleArgs& args, int64_t place) {
-  const int64_t atom_row = place / kAtomRows;
-  int low = 0, high = args.num_experts;  // first_atom_row(low) <= atom_row < first_atom_row(high)
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (first_atom_row(args.expert_offsets[middle], middle) <= atom_row ? low : high) = middle;
-  }
-  const int64_t begin = args.expert_offsets[low];
-  const int64_t row = begin + row_at(ScaleLayout::atom, place) - first_atom_row(begin, low) * kAtomRows;
-  return row < args.expert_offsets[low + 1] ? row : args.rows;
-}
-
 template <ScaleLayout kLayout, bool kPack>
 __global__ void __launch_bounds__(kWordsOfBlock* kPlacesOfBlock) move_scales_kernel(ScaleArgs args) {
   const int64_t words = ceil_div(args.columns, kWordColumns);

@@ -4,6 +4,7 @@
 //   cute_scale_offsets(block_k, rows, columns)   byte offset of each scale (m, k) in CUTLASS's layout, int32 [rows, columns]
 //   cute_scale_cosize(block_k, rows, columns)    bytes that layout takes
 //   scale_offsets(layout, rows, columns)         the same from common/scale_layouts.h, which pack_scale's kernel runs
+//   expert_rows(expert_offsets, rows)            the row that stands at each place of atoms by expert, `rows` for none
 //   quantize_block(format, x, global_scale)      common/quantize.cuh: float32 [n] -> (value bytes, stored scale)
 // Arrays come and go as bytes.
 #include "host/device_shims.h"
@@ -71,6 +72,21 @@ py::bytes scale_offsets(int layout, int rows, int columns) {
   });
 }
 
+py::bytes expert_rows(const std::string& expert_offsets, int rows) {
+  using namespace moe;
+  std::vector<int32_t> offsets(expert_offsets.size() / sizeof(int32_t)), result;
+  std::copy_n(expert_offsets.data(), offsets.size() * sizeof(int32_t), reinterpret_cast<char*>(offsets.data()));
+  ScaleArgs args;
+  args.rows = rows;
+  args.expert_offsets = offsets.data();
+  args.num_experts = static_cast<int32_t>(offsets.size()) - 1;
+  const int64_t places = (rows + (kAtomRows - 1) * args.num_experts) / kAtomRows * kAtomRows;
+  for (int64_t place = 0; place < places; ++place) {
+    result.push_back(static_cast<int32_t>(expert_row_at(args, place)));
+  }
+  return to_bytes(result);
+}
+
 // One block as the lanes of a warp quantise it together: the amax of their chunks, one scale, each chunk's values.
 template <moe::Format kFormat>
 std::pair<py::bytes, uint32_t> quantize_chunks(const std::vector<float>& x, float global_scale) {
@@ -116,5 +132,6 @@ PYBIND11_MODULE(_host, module) {
   module.def("cute_scale_offsets", &cute_scale_offsets, "block_k"_a, "rows"_a, "columns"_a);
   module.def("cute_scale_cosize", &cute_scale_cosize, "block_k"_a, "rows"_a, "columns"_a);
   module.def("scale_offsets", &scale_offsets, "layout"_a, "rows"_a, "columns"_a);
+  module.def("expert_rows", &expert_rows, "expert_offsets"_a, "rows"_a);
   module.def("quantize_block", &quantize_block, "format"_a, "x"_a, "global_scale"_a = 1.f);
 }

@@ -158,3 +158,30 @@ def test_utccp_is_the_transpose_of_the_source_document() -> None:
     expected = words.view(2, -1, 4, 32, 3).transpose(2, 3).reshape(2, 384, 3)
     packed = moe.pack_scale(scale, "utccp")
     assert torch.equal(packed, expected) and packed.stride(-2) == 1
+
+
+def test_in_one_graph_for_any_number_of_rows() -> None:
+    """Packed and unpacked in the middle of a compiled graph: strides arrive as they are, no size is specialised."""
+    torch._dynamo.reset()
+    compilations = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[Tensor]):  # noqa: ANN202
+        compilations.append(graph)
+        return torch._inductor.compile(graph, example_inputs)
+
+    def layer(x: Tensor, expert_offsets: Tensor) -> tuple[Tensor, ...]:
+        scale = moe.quantize(x * 2, "nvfp4")[1].view(torch.uint8)
+        size = scale.shape
+        words = moe.pack_scale(scale, "words_mn")
+        atoms = moe.pack_scale(scale, "atom", expert_offsets=expert_offsets)
+        back = moe.unpack_scale(words, "words_mn", *size, scale.dtype)
+        rows = moe.unpack_scale(atoms, "atom", *size, scale.dtype, expert_offsets=expert_offsets)
+        return words + 1, atoms, back, rows
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        for rows in (7, 64, 300, 1, 130):
+            x, offsets = torch.randn(rows, 208), torch.tensor([0, rows // 3, rows // 3, rows]).int()
+            for got, expected in zip(compiled(x, offsets), layer(x, offsets), strict=True):
+                assert torch.equal(got.int(), expected.int()) and got.shape == expected.shape, rows
+    assert len(compilations) <= 2
