@@ -144,6 +144,14 @@ def test_pack_e2m1_puts_the_even_k_low():
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_every_packed_byte_round_trips(device):
+    packed = torch.arange(256, dtype=torch.uint8, device=device).view(16, 16)
+    values = formats.unpack_e2m1(packed)
+    assert values.shape == (16, 32)
+    assert torch.equal(formats.pack_e2m1(formats.encode_e2m1(values)), packed)  # -0 included
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_e4m3_of_every_bf16(device):
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
     want = [0x7F if math.isnan(x) else nearest_code(E4M3, x) for x in every.tolist()]

@@ -1,7 +1,7 @@
 // packed <- scale or scale <- packed, word by word: the kernel and the checks that pack_scale and unpack_scale share.
 //
-// A thread moves one word. Eight neighbouring threads take neighbouring words of a row, which are 32 bytes of the row-major
-// side, and the places of a block are neighbours on the packed side.
+// A thread moves one word. Eight neighbouring threads take neighbouring words of a row, which are 32 bytes of the
+// row-major side, and the places of a block are neighbours on the packed side.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 

@@ -1,6 +1,6 @@
 // Where one-byte scales [rows, columns] lie for a kernel: torch_moe_ops/scale_layouts.py in C++. Free of torch.
 //
-// All layouts keep words: four columns of a row, the first in the lowest byte. A layout is an order of the rows ("place"
+// All layouts keep words: four columns of a row, the first in the lowest byte. A layout is an order of the rows (place
 // q holds row `row_at(q)`) and of the words. All functions also run on the host.
 #pragma once
 #include <cuda_runtime.h>
@@ -15,7 +15,9 @@ constexpr int64_t kAtomRows = 128;
 constexpr int64_t kWordColumns = 4;
 
 // Whether each 128 rows stand as a 32x4 matrix: row 32j + l at place 4l + j.
-constexpr bool is_interleaved(ScaleLayout layout) { return layout == ScaleLayout::utccp || layout == ScaleLayout::atom; }
+__host__ __device__ constexpr bool is_interleaved(ScaleLayout layout) {
+  return layout == ScaleLayout::utccp || layout == ScaleLayout::atom;
+}
 
 __host__ __device__ constexpr int64_t row_at(ScaleLayout layout, int64_t place) {
   if (!is_interleaved(layout)) return place;
@@ -29,7 +31,7 @@ __host__ __device__ constexpr int64_t place_of(ScaleLayout layout, int64_t row) 
   return row - local + local % 32 * 4 + local / 32;
 }
 
-// `words` is the number of words of a row; `stride_word`, of the MN-major layouts, the words between two columns of words.
+// `words` is the number of words of a row; `stride_word`, of the MN-major layouts, the words from a column to the next.
 __host__ __device__ constexpr int64_t word_index(ScaleLayout layout, int64_t place, int64_t word, int64_t words,
                                                  int64_t stride_word) {
   switch (layout) {

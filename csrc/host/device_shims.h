@@ -1,5 +1,5 @@
-// What nvcc alone knows of device code, for a host compiler: the rounding of these operations is the same on both, so the
-// arithmetic of a kernel can be called and tested without a GPU. Warps and blocks cannot: those names only compile.
+// What nvcc alone knows of device code, for a host compiler: the rounding of these operations is the same on both, so
+// the arithmetic of a kernel can be called and tested without a GPU. Warps and blocks cannot: those names only compile.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -1,7 +1,7 @@
-// torch_moe_ops._host, for tests without a GPU: CuTe's own layout of block scales, and the kernels' device code compiled
-// for the CPU. Optional (it needs pybind11), free of torch.
+// torch_moe_ops._host, for tests without a GPU: CuTe's own layout of block scales, and the kernels' device code
+// compiled for the CPU. Optional (it needs pybind11), free of torch.
 //
-//   cute_scale_offsets(block_k, rows, columns)   byte offset of each scale (m, k) in CUTLASS's layout, int32 [rows, columns]
+//   cute_scale_offsets(block_k, rows, columns)   byte of each scale (m, k) in CUTLASS's layout, int32 [rows, columns]
 //   cute_scale_cosize(block_k, rows, columns)    bytes that layout takes
 //   scale_offsets(layout, rows, columns)         the same from common/scale_layouts.h, which pack_scale's kernel runs
 //   expert_rows(expert_offsets, rows)            the row that stands at each place of atoms by expert, `rows` for none

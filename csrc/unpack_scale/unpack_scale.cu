@@ -1,4 +1,4 @@
-// scale <- packed: the inverse of pack_scale, [rows, columns] or [E, rows, columns] contiguous. Bytes move, none changes.
+// scale <- packed: the inverse of pack_scale, [rows, columns] or [E, rows, columns], contiguous. No byte changes.
 #include <torch/csrc/stable/library.h>
 
 #include "common/move_scales.cuh"
@@ -6,26 +6,34 @@
 namespace moe {
 namespace {
 
+// Strides were checked in front of this kernel (meta_kernels/pack_scale.py); sizes are checked again.
+bool fits(const Tensor& packed, const ScaleArgs& args, int64_t lead) {
+  const bool is_atom = args.layout == ScaleLayout::atom;
+  if (is_atom ? packed.element_size() != 1 || !packed.is_contiguous() : packed.scalar_type() != ScalarType::Int) {
+    return false;
+  }
+  const std::vector<int64_t> sizes = packed_sizes(args);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (packed.size(lead + static_cast<int64_t>(i)) != sizes[i]) return false;
+  }
+  return true;
+}
+
 Tensor unpack_scale_cuda(const Tensor& packed, const std::string& layout, int64_t rows, int64_t columns,
                          ScalarType dtype, const std::optional<Tensor>& expert_offsets) {
   constexpr const char* kOp = "unpack_scale";
-  MOE_EXPECT(dtype == ScalarType::Float8_e4m3fn || dtype == ScalarType::Float8_e8m0fnu || dtype == ScalarType::Byte, kOp,
-             "dtype", "one of float8_e4m3fn, float8_e8m0fnu, uint8", dtype_name(dtype));
   const bool is_atom = parse_scale_layout(kOp, layout) == ScaleLayout::atom;
-  const int64_t dims = is_atom ? 5 : 2;
-  const bool is_batch = packed.dim() == dims + 1;
-  MOE_EXPECT(is_batch || packed.dim() == dims, kOp, "packed", dims << " dimensions, or one more", describe(packed));
-  Tensor scale = empty(is_batch ? std::vector<int64_t>{packed.size(0), rows, columns} : std::vector<int64_t>{rows, columns},
-                       dtype, packed);
+  const int64_t lead = packed.dim() - (is_atom ? 5 : 2);
+  MOE_EXPECT(lead == 0 || lead == 1, kOp, "packed", "what pack_scale returns for this layout", describe(packed));
+  std::vector<int64_t> sizes = {rows, columns};
+  if (lead == 1) sizes.insert(sizes.begin(), packed.size(0));
+  Tensor scale = empty(sizes, dtype, packed);
   ScaleArgs args = scale_args(kOp, scale, layout, expert_offsets);
-  const std::vector<int64_t> sizes = packed_sizes(args);
-  bool fits = is_atom ? packed.is_contiguous() && packed.element_size() == 1 : packed.scalar_type() == ScalarType::Int;
-  for (int64_t i = 0; i < dims; ++i) fits = fits && packed.size(is_batch + i) == sizes[i];
-  MOE_EXPECT(fits, kOp, "packed", "what pack_scale returns for this layout, " << rows << " rows and " << columns << " columns",
-             describe(packed));
+  MOE_EXPECT(fits(packed, args, lead), kOp, "packed",
+             "what pack_scale returns for " << rows << " rows and " << columns << " columns", describe(packed));
   args.packed = pointer<uint32_t>(packed);
-  args.stride_word = is_atom ? 0 : packed.stride(is_batch + 1);
-  if (is_batch) args.packed_matrix = is_atom ? packed.stride(0) / kWordColumns : packed.stride(0);
+  args.stride_word = is_atom ? 0 : packed.stride(lead + 1);
+  if (lead == 1) args.packed_matrix = packed.stride(0) / (is_atom ? kWordColumns : 1);
   const CudaScope scope(packed);
   check_cuda(kOp, move_scales<false>(args, scope.stream));
   return scale;

@@ -43,7 +43,7 @@ def storage_of(packed: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", SCALE_LAYOUTS)
 @pytest.mark.parametrize("rows, columns", [(1, 1), (3, 9), (128, 4), (128, 13), (130, 5), (256, 24), (384, 3)])
-def test_against_the_definition(layout: str, rows: int, columns: int) -> None:
+def test_s2_6_against_the_definition(layout: str, rows: int, columns: int) -> None:
     if layout == "utccp" and rows % 128:
         pytest.skip("utccp takes whole 128 rows")
     scale = distinct_scales(rows, columns)
@@ -59,7 +59,7 @@ def test_against_the_definition(layout: str, rows: int, columns: int) -> None:
     assert torch.equal(storage[written], expected[written])
 
 
-def test_shapes_and_strides() -> None:
+def test_s2_7_shapes_and_strides() -> None:
     """S2-7/8: round_up(rows, 128) x round_up(columns, 4) bytes, and no more. S4-1: MN-major on 16 bytes."""
     scale = torch.zeros(3, 130, 449).to(torch.float8_e4m3fn)
     shapes = {layout: moe.pack_scale(scale, layout) for layout in ("words", "words_mn", "atom")}
@@ -141,7 +141,7 @@ def test_experts_start_at_atoms_of_their_own(counts: list[int], columns: int) ->
     assert not packed[~seen].any()
 
 
-def test_words_reinterpret_bits() -> None:
+def test_s2_3_words_reinterpret_bits() -> None:
     """S2-3: byte 0x3F is the e4m3 0.9375, not the number 63."""
     words = torch.tensor([[0x3F403F38]], dtype=torch.int32)
     scale = moe.unpack_scale(words, "words", 1, 4, torch.float8_e4m3fn)
@@ -151,7 +151,7 @@ def test_words_reinterpret_bits() -> None:
     assert torch.equal(packed.view(torch.uint32).view(torch.uint8), scale.view(torch.uint8))  # the form [T, K/64]
 
 
-def test_utccp_is_the_transpose_of_the_source_document() -> None:
+def test_s4_1_utccp_is_the_transpose_of_the_source_document() -> None:
     """S4-1: four bytes to an int32, then (G, -1, 4, 32, words).transpose(2, 3), MN-major."""
     scale = distinct_scales(2, 384, 12)
     words = scale.view(torch.int32)  # [2, 384, 3]
