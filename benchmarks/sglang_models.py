@@ -3,7 +3,7 @@
 
     python benchmarks/sglang_models.py glm4 fp8_block DIR                  two layers, eight experts, 10 MB
     python benchmarks/sglang_models.py glm4 fp8_block DIR --dequantised    the same numbers, written as bf16
-    python benchmarks/sglang_models.py dsv3_shapes fp8_block DIR           config.json only, for --load-format dummy
+    python benchmarks/sglang_models.py dsv3_tp8 fp8_block DIR              config.json only, for --load-format dummy
 
 qwen3moe routes by softmax; glm4 by sigmoid with a bias and groups, a scaling factor of 2.5 and a shared expert, which
 is DeepSeek-V3's routing on attention with grouped queries. The same bytes are written every time. Only the routed
@@ -53,13 +53,12 @@ GLM = {"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "n_sha
 GLM |= {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "partial_rotary_factor": 0.5}
 GLM |= {"num_nextn_predict_layers": 0}
 
-# DeepSeek-V3's experts under attention with grouped queries, and Qwen3-30B-A3B, with fewer layers.
-DSV3_SHAPES = TINY | {"hidden_size": 7168, "num_hidden_layers": 4, "vocab_size": 32768, "num_attention_heads": 32}
-DSV3_SHAPES |= {"num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 2048, "intermediate_size": 18432}
-DSV3_SHAPES |= {"num_experts": 256, "num_experts_per_tok": 8}
-QWEN30B_SHAPES = TINY | {"hidden_size": 2048, "num_hidden_layers": 12, "vocab_size": 32768, "num_attention_heads": 32}
-QWEN30B_SHAPES |= {"num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768, "intermediate_size": 6144}
-QWEN30B_SHAPES |= {"num_experts": 128, "num_experts_per_tok": 8}
+# Fewer layers, attention with grouped queries, and DeepSeek-V3's experts: all of their columns, or one rank's of 8.
+DSV3 = TINY | {"hidden_size": 7168, "num_hidden_layers": 4, "vocab_size": 32768, "num_attention_heads": 32}
+DSV3 |= {"num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 2048, "intermediate_size": 4096}
+DSV3 |= {"num_experts": 256, "num_experts_per_tok": 8}
+DSV3_TP8 = DSV3 | {"moe_intermediate_size": 256, "num_hidden_layers": 13}
+QWEN30B = DSV3 | {"hidden_size": 2048, "num_hidden_layers": 12, "moe_intermediate_size": 768, "num_experts": 128}
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,9 @@ class Family:
 FAMILIES = {
     "qwen3moe": Family(TINY | QWEN),
     "glm4": Family(TINY | GLM, (4, 2)),
-    "dsv3_shapes": Family(DSV3_SHAPES | GLM, (8, 4), has_weights=False),
-    "qwen30b_shapes": Family(QWEN30B_SHAPES | QWEN, has_weights=False),
+    "dsv3": Family(DSV3 | GLM, (8, 4), has_weights=False),
+    "dsv3_tp8": Family(DSV3_TP8 | GLM, (8, 4), has_weights=False),
+    "qwen30b": Family(QWEN30B | QWEN, has_weights=False),
 }
 
 
@@ -138,6 +138,7 @@ FP8_BLOCK = (
     bits(8, "float", "block", block_structure=[128, 128]),
     bits(8, "float", "group", group_size=128, dynamic=True),
 )
+FP8_CHANNEL = (bits(8, "float", "channel"), bits(8, "float", "token", dynamic=True))
 INT8 = (bits(8, "int", "channel"), bits(8, "int", "token", dynamic=True))
 MXFP4 = (bits(4, "float", "group", group_size=32), bits(4, "float", "group", group_size=32, dynamic=True))
 NVFP4 = (
@@ -152,6 +153,7 @@ QUANTISATIONS: dict[str, Callable[[list[str]], dict]] = {
     "int8": int8,
     "nvfp4": nvfp4,
     "ct_fp8_block": partial(compressed_tensors, "float-quantized", *FP8_BLOCK),
+    "ct_fp8_channel": partial(compressed_tensors, "float-quantized", *FP8_CHANNEL),
     "ct_int8": partial(compressed_tensors, "int-quantized", *INT8),
     "ct_mxfp4": partial(compressed_tensors, "mxfp4-pack-quantized", *MXFP4),
     "ct_nvfp4": partial(compressed_tensors, "nvfp4-pack-quantized", *NVFP4),
@@ -163,8 +165,9 @@ def quantised(checkpoint: str, weight: Tensor) -> tuple[dict[str, Tensor], Tenso
     if checkpoint in ("bf16", "fp16"):
         stored = weight.to(FORMATS[checkpoint].dtype)
         return {"weight": stored}, stored.float()
-    if checkpoint == "fp8_tensor":
-        scale = weight.abs().amax() / 448
+    if checkpoint in ("fp8_tensor", "ct_fp8_channel"):
+        amax = weight.abs().amax() if checkpoint == "fp8_tensor" else weight.abs().amax(1, keepdim=True)
+        scale = amax / 448
         values = (weight / scale).to(torch.float8_e4m3fn)
         return {"weight": values, "weight_scale": scale}, values.float() * scale
     format = FORMATS[checkpoint.removeprefix("ct_")]

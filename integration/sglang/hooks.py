@@ -106,8 +106,13 @@ def build_layer(original: Callable, layer: object, *args: object, **options: obj
         if is_chosen() and method not in METHODS:
             raise Unsupported(f"{type(error).__name__} while SGLang built the layer: {error}") from error
         raise
-    if is_chosen() and not isinstance(getattr(layer.quant_method, "runner", None), LayerRunner):
+    if not is_chosen():
+        return
+    runner = getattr(layer.quant_method, "runner", None)
+    if not isinstance(runner, LayerRunner):
         raise Unsupported(f"experts under {type(layer.quant_method).__name__}")
+    if not runner.on_gpu:  # there the model applies the factor, also where TopK has (NVFP4)
+        layer.should_fuse_routed_scaling_factor_in_topk = False
 
 
 def is_chosen() -> bool:

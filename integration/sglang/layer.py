@@ -39,6 +39,10 @@ class LayerRunner:
         self.runner_backend = backend
         self.combine = combine
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.explanation.problem.device_type == "cuda"
+
     def take_over(self, method: object) -> None:
         method.moe_runner_config = self.config
         method.runner = self
@@ -66,7 +70,7 @@ class LayerRunner:
             return self.combine(hidden_states=self._one_output_per_slot(layer, hidden_states, *routed))
         factor = routed_scaling_factor(
             self.config,
-            on_gpu=hidden_states.is_cuda,
+            on_gpu=self.on_gpu,
             in_topk=layer.should_fuse_routed_scaling_factor_in_topk,
         )
         return self.combine(hidden_states=self._fused_moe(layer, hidden_states, *routed, routed_scaling_factor=factor))

@@ -448,6 +448,17 @@ def test_a_layer_that_was_not_taken_over_is_refused(monkeypatch) -> None:
     assert type(build(monkeypatch, original, chosen=False).quant_method).__name__ == "GPTQMoEMethod"
 
 
+def test_off_gpus_topk_leaves_the_scaling_factor_to_the_model(monkeypatch) -> None:
+    """SGLang lets TopK apply it to NVFP4 experts, and its models apply it off GPUs whatever TopK does."""
+
+    def original(layer, one, two):
+        method = make_method(runner=LayerRunner(make_method(), make_layer(), make_config(), None, SimpleNamespace))
+        layer.quant_method, layer.should_fuse_routed_scaling_factor_in_topk = method, True
+
+    assert not build(monkeypatch, original).should_fuse_routed_scaling_factor_in_topk
+    assert build(monkeypatch, original, chosen=False).should_fuse_routed_scaling_factor_in_topk
+
+
 def test_an_error_of_an_unsupported_method_names_what_is_supported(monkeypatch) -> None:
     def original(layer, one, two):
         layer.quant_method = make_method(name)

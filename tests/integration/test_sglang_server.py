@@ -6,7 +6,6 @@ SGLang already; otherwise one is made, if pip can.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from sglang_server import START_SECONDS, Answer, Server, environment, make_environment, make_model
+from sglang_environment import FLAGS, environment, make_environment, make_model
+from sglang_server import GARBAGE, Answer, Server
 
 from torch_moe_ops.integration.sglang import support
 
@@ -37,9 +37,8 @@ class Tolerance(NamedTuple):
 
 # The logits, of size 4, are bf16 (spacing 2^-6), and so is everything between the layers. FP8 keeps 3 bits of the
 # experts' inputs, which the dequantised reference does not round: 3 % of their outputs, that is of most of a logit's
-# standard deviation of 1; the two best of 1024 differ by 0.27 in the mean.
-BF16, FP8 = Tolerance(0.1, 0.75), Tolerance(0.3, 0.5)
-TOLERANCES = {"bf16": BF16, "fp8_block": FP8}
+# standard deviation of 1; the two best of 1024 differ by 0.27 in the mean. NVFP4 keeps 1 bit: four times as much.
+BF16, FP8, NVFP4 = Tolerance(0.1, 0.75), Tolerance(0.3, 0.5), Tolerance(0.8, 0.2)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +61,8 @@ def answers(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
     @cache
     def ask(model: Path, *flags: str) -> list[Answer]:
-        with Server(python, model, folder / f"{len(list(folder.iterdir()))}.log", *flags) as server:
+        log = folder / f"{len(list(folder.iterdir()))}.log"
+        with Server(python, model, log, [*FLAGS, *flags], environment()) as server:
             result = server.complete(PROMPTS, NEW_TOKENS)
         runs = "runs the experts" in server.log.read_text()
         assert runs == (flags[:2] == OURS), "which backend ran?"
@@ -90,31 +90,52 @@ def test_bf16_tokens_are_those_of_sglangs_own_experts(family, model, answers) ->
     expect_same(answers(checkpoint, *OURS), answers(checkpoint), BF16)
 
 
-@pytest.mark.parametrize("family", ["qwen3moe", "glm4"])
-def test_fp8_tokens_are_those_of_the_dequantised_weights(family, model, answers) -> None:
-    """On a CPU SGLang has no FP8 experts of its own."""
-    expected = answers(model(family, "fp8_block", "--dequantised"))
-    expect_same(answers(model(family, "fp8_block"), *OURS), expected, FP8)
+@pytest.mark.parametrize(
+    "family, checkpoint, tolerance",
+    [
+        ("qwen3moe", "fp8_block", FP8),
+        ("glm4", "fp8_block", FP8),
+        ("glm4", "nvfp4", NVFP4),
+        ("qwen3moe", "ct_mxfp4", BF16),  # only the weights are MXFP4
+    ],
+)
+def test_quantised_tokens_are_those_of_the_dequantised_weights(family, checkpoint, tolerance, model, answers) -> None:
+    """On a CPU SGLang has no quantised experts of its own."""
+    expected = answers(model(family, checkpoint, "--dequantised"))
+    expect_same(answers(model(family, checkpoint), *OURS), expected, tolerance)
 
 
-@pytest.mark.parametrize("checkpoint", ["bf16", "fp8_block"])
-@pytest.mark.parametrize("ranks", [("--tp", "2"), ("--tp", "2", "--ep", "2")], ids=" ".join)
-def test_ranks_share_the_experts(checkpoint, ranks, model, answers) -> None:
+@pytest.mark.parametrize("checkpoint, tolerance", [("ct_int8", BF16), ("fp8_tensor", FP8)])
+def test_eight_bits_are_close_to_the_original(checkpoint, tolerance, model, answers) -> None:
+    """INT8 with a scale per token and channel keeps 7 bits, as bf16 does."""
+    expected = answers(model("qwen3moe", "bf16"))
+    expect_same(answers(model("qwen3moe", checkpoint), *OURS), expected, tolerance)
+
+
+EP2 = ("--tp", "2", "--ep", "2")
+
+
+@pytest.mark.parametrize(
+    "checkpoint, tolerance, ranks",
+    [
+        ("bf16", BF16, ("--tp", "2")),
+        ("bf16", BF16, (*EP2, "--ep-num-redundant-experts", "2")),
+        ("fp8_block", FP8, EP2),
+    ],
+)
+def test_ranks_share_the_experts(checkpoint, tolerance, ranks, model, answers) -> None:
     one = answers(model("glm4", checkpoint), *OURS)
-    expect_same(answers(model("glm4", checkpoint), *OURS, *ranks), one, TOLERANCES[checkpoint])
-
-
-GARBAGE = (b"{", b"[]", b'{"input_ids": "x"}', b'{"input_ids": [1], "sampling_params": {"top_p": 9}}')
+    expect_same(answers(model("glm4", checkpoint), *OURS, *ranks), one, tolerance)
 
 
 def test_garbage_and_a_killed_scheduler_end_as_with_sglangs_own_experts(python, model, tmp_path) -> None:
     def outcome(*flags: str) -> tuple[object, ...]:
-        with Server(python, model("qwen3moe", "bf16"), tmp_path / f"{len(flags)}.log", *flags) as server:
+        log = tmp_path / f"{len(flags)}.log"
+        with Server(python, model("qwen3moe", "bf16"), log, [*FLAGS, *flags], environment()) as server:
             [before] = server.complete(PROMPTS[:1], NEW_TOKENS)
             statuses = [server.status("/generate", body) for body in GARBAGE]
             assert server.complete(PROMPTS[:1], NEW_TOKENS) == [before]
-            info = json.loads(server.get("/get_server_info"))
-            return info["moe_runner_backend"], statuses, server.kill_scheduler()
+            return server.info()["moe_runner_backend"], statuses, server.kill_scheduler()
 
     theirs, ours = outcome(), outcome(*OURS)
     assert ours == ("torch_moe", *theirs[1:])
@@ -126,12 +147,16 @@ def test_garbage_and_a_killed_scheduler_end_as_with_sglangs_own_experts(python, 
 
 def test_the_flag_is_known_with_the_plugin_alone(python) -> None:
     command = [python, "-m", "sglang.launch_server", "--help"]
-    options = {"capture_output": True, "text": True, "timeout": START_SECONDS}
+    options = {"capture_output": True, "text": True, "timeout": 240}
     shown = subprocess.run(command, **options, env=environment(COLUMNS="1000"))
     assert re.search(r"--moe-runner-backend \{.*torch_moe.*\}", shown.stdout)
     command = [*command[:-1], "--model-path", "absent", *OURS]
     unknown = subprocess.run(command, **options, env=environment(SGLANG_PLUGINS="none"))
     assert "argument --moe-runner-backend: invalid choice: 'torch_moe'" in unknown.stderr
+
+
+def refusal(python: Path, model: Path, log: Path, *flags: str) -> str:
+    return Server(python, model, log, [*FLAGS, *OURS, *flags], environment()).refusal()
 
 
 @pytest.mark.parametrize(
@@ -142,5 +167,11 @@ def test_the_flag_is_known_with_the_plugin_alone(python) -> None:
     ],
 )
 def test_unsupported_settings_end_the_start_with_one_sentence(flags, got, python, model, tmp_path) -> None:
-    log = Server(python, model("qwen3moe", "bf16"), tmp_path / "log", *OURS, *flags).refusal()
+    log = refusal(python, model("qwen3moe", "bf16"), tmp_path / "log", *flags)
+    assert f"--moe-runner-backend torch_moe: expected {support.supported('cpu')}, got {got}\n" in log
+
+
+def test_an_unsupported_model_ends_the_start_with_one_sentence(python, model, tmp_path) -> None:
+    log = refusal(python, model("qwen3moe", "ct_fp8_channel"), tmp_path / "log")
+    got = "FP8 experts with a scale per channel"
     assert f"--moe-runner-backend torch_moe: expected {support.supported('cpu')}, got {got}\n" in log
