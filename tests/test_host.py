@@ -1,5 +1,5 @@
-"""Oracles from C++ on a CPU (torch_moe_ops._host): CuTe's layout of block scales against ours, and the device code of
-the CUDA quantisers against torch_moe_ops.formats. Skipped where the build found no pybind11."""
+"""Oracles from C++ on a CPU (torch_moe_ops._host): CuTe's layout of block scales, and the device code of the CUDA
+quantisers and of pack_scale, against the reference. Skipped where the build found no pybind11."""
 
 from __future__ import annotations
 
@@ -59,30 +59,53 @@ def test_deepseek_v4_pro_sizes() -> None:
     assert shape.numel() == 48 * size
 
 
+# ---- the CUDA code of pack_scale and unpack_scale, thread by thread --------------------------------------------------
+
+
+def storage_of(packed: Tensor) -> Tensor:
+    """The words of a packed matrix as they lie in memory."""
+    words = packed.view(torch.int32)
+    size = 1 + sum((n - 1) * stride for n, stride in zip(words.shape, words.stride(), strict=True))
+    return words.as_strided((size,), (1,))
+
+
+def check_kernels(layout: str, scale: Tensor, expert_offsets: Tensor | None = None) -> None:
+    """Both directions against the reference; what the kernel leaves unwritten is full of ones."""
+    number, (rows, columns) = SCALE_LAYOUTS.index(layout), scale.shape
+    data = b"" if expert_offsets is None else expert_offsets.numpy().tobytes()
+    packed = host.pack_scale(number, scale.numpy().tobytes(), rows, columns, data)
+    expected = moe.pack_scale(scale, layout, expert_offsets=expert_offsets)
+    got = torch.frombuffer(bytearray(packed), dtype=torch.int32)
+    if layout in ("words_mn", "utccp"):  # between the columns lies what belongs to no row
+        got = got.as_strided(expected.shape, expected.stride())
+    else:
+        expected = storage_of(expected)
+        assert (got[len(expected) :] == -1).all()  # nothing is written past the end
+        got = got[: len(expected)]
+    assert torch.equal(got, expected)
+    back = torch.frombuffer(bytearray(host.unpack_scale(number, packed, rows, columns, data)), dtype=torch.uint8)
+    used = rows if expert_offsets is None else int(expert_offsets[-1])
+    assert torch.equal(back.view(rows, columns)[:used], scale[:used])
+    assert (back.view(rows, columns)[used:] == 0xFF).all()  # rows of no expert are not touched
+
+
 @pytest.mark.parametrize("layout", SCALE_LAYOUTS)
 @pytest.mark.parametrize("rows, columns", SHAPES)
-def test_the_kernels_index_as_the_reference_packs(layout: str, rows: int, columns: int) -> None:
+def test_the_kernels_pack_as_the_reference(layout: str, rows: int, columns: int) -> None:
     if layout == "utccp":
         rows = -(-rows // 128) * 128
-    scale = torch.randint(1, 256, (rows, columns)).to(torch.uint8)
-    where = offsets(host.scale_offsets(SCALE_LAYOUTS.index(layout), rows, columns), rows, columns)
-    packed = moe.pack_scale(scale, layout)
-    size = 1 + sum((n - 1) * stride for n, stride in zip(packed.shape, packed.stride(), strict=True))
-    storage = packed.as_strided((size,), (1,)).view(torch.uint8)
-    assert torch.equal(storage[where], scale)
+    check_kernels(layout, torch.randint(0, 255, (rows, columns)).to(torch.uint8))
 
 
 @settings(max_examples=100, deadline=None)
-@given(counts=st.lists(st.sampled_from([0, 0, 1, 5, 127, 128, 129, 300]), min_size=1, max_size=9))
-def test_the_kernels_find_the_expert_of_an_atom(counts: list[int]) -> None:
-    """Each row's number as its scale, in three bytes, packed by the reference: the kernel's rows are the same."""
+@given(
+    counts=st.lists(st.sampled_from([0, 0, 1, 5, 127, 128, 129, 300]), min_size=1, max_size=9),
+    columns=st.integers(1, 9),
+)
+def test_the_kernels_give_experts_atoms_of_their_own(counts: list[int], columns: int) -> None:
     expert_offsets = torch.tensor([0, *counts]).cumsum(0).int()
     rows = int(expert_offsets[-1]) + 2  # the last two are no expert's
-    numbers = torch.arange(1, rows + 1)
-    scale = torch.stack((numbers & 255, numbers >> 8 & 255, numbers >> 16), 1).to(torch.uint8)
-    packed = moe.pack_scale(scale, "atom", expert_offsets=expert_offsets).view(torch.int32).flatten().long()
-    found = torch.frombuffer(bytearray(host.expert_rows(expert_offsets.numpy().tobytes(), rows)), dtype=torch.int32)
-    assert torch.equal(torch.where(found == rows, -1, found).long(), packed - 1)
+    check_kernels("atom", torch.randint(0, 255, (rows, columns)).to(torch.uint8), expert_offsets)
 
 
 # ---- quantisers ------------------------------------------------------------------------------------------------------

@@ -19,35 +19,16 @@ constexpr int kWordsOfBlock = 8, kPlacesOfBlock = 32;
 
 template <ScaleLayout kLayout, bool kPack>
 __global__ void __launch_bounds__(kWordsOfBlock* kPlacesOfBlock) move_scales_kernel(ScaleArgs args) {
-  const int64_t words = ceil_div(args.columns, kWordColumns);
   const int64_t word = static_cast<int64_t>(blockIdx.y) * kWordsOfBlock + threadIdx.x;
   const int64_t line = static_cast<int64_t>(blockIdx.x) * kPlacesOfBlock + threadIdx.y;
-  const int64_t matrix = line / args.places, place = line % args.places;
   pdl_wait();
   pdl_launch_next();
-  if (word >= words || matrix >= args.matrices) return;
-  const int64_t row = args.expert_offsets ? expert_row_at(args, place) : row_at(kLayout, place);
-  const bool has_row = row < args.rows;
-  uint32_t* packed =
-      args.packed + matrix * args.packed_matrix + word_index(kLayout, place, word, words, args.stride_word);
-  uint8_t* scale = args.scale + matrix * args.stride_matrix + row * args.stride_row;
-  uint32_t value = kPack || !has_row ? 0 : *packed;
-#pragma unroll
-  for (int i = 0; i < kWordColumns; ++i) {
-    const int64_t column = word * kWordColumns + i;
-    if (!has_row || column >= args.columns) continue;
-    if constexpr (kPack) {
-      value |= static_cast<uint32_t>(scale[column * args.stride_column]) << (8 * i);
-    } else {
-      scale[column * args.stride_column] = static_cast<uint8_t>(value >> (8 * i));
-    }
-  }
-  if constexpr (kPack) *packed = value;
+  move_word<kLayout, kPack>(args, line, word);
 }
 
 template <bool kPack>
 cudaError_t move_scales(const ScaleArgs& args, cudaStream_t stream) {
-  const int64_t words = ceil_div(args.columns, kWordColumns), lines = args.matrices * args.places;
+  const int64_t words = args.words(), lines = args.matrices * args.places;
   if (words == 0 || lines == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(ceil_div(lines, kPlacesOfBlock)),
                   static_cast<unsigned>(ceil_div(words, kWordsOfBlock)));
@@ -97,9 +78,8 @@ inline ScaleArgs scale_args(const char* op, const Tensor& scale, const std::stri
 
 // The sizes of packed, without the leading dimension of a batch.
 inline std::vector<int64_t> packed_sizes(const ScaleArgs& args) {
-  const int64_t words = ceil_div(args.columns, kWordColumns);
-  if (args.layout == ScaleLayout::atom) return {args.places / kAtomRows, words, 32, 4, kWordColumns};
-  return {args.rows, words};
+  if (args.layout == ScaleLayout::atom) return {args.places / kAtomRows, args.words(), 32, 4, kWordColumns};
+  return {args.rows, args.words()};
 }
 
 }  // namespace moe

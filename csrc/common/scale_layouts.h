@@ -58,6 +58,9 @@ struct ScaleArgs {
   int64_t packed_matrix = 0, stride_word = 0;
   const int32_t* expert_offsets = nullptr;  // [num_experts + 1] or null; atom only
   int32_t num_experts = 0;
+
+  // Of a row.
+  __host__ __device__ int64_t words() const { return (columns + kWordColumns - 1) / kWordColumns; }
 };
 
 // The matrix row of an atom's place when each expert has atoms of its own; `args.rows` where there is none.
@@ -71,6 +74,31 @@ __host__ __device__ inline int64_t expert_row_at(const ScaleArgs& args, int64_t 
   const int64_t begin = args.expert_offsets[low];
   const int64_t row = begin + row_at(ScaleLayout::atom, place) - first_atom_row(begin, low) * kAtomRows;
   return row < args.expert_offsets[low + 1] ? row : args.rows;
+}
+
+// Moves word `word` of line `line`, which counts the places of all matrices; nothing past their ends. Packing writes
+// padding as 0, unpacking skips it.
+template <ScaleLayout kLayout, bool kPack>
+__host__ __device__ inline void move_word(const ScaleArgs& args, int64_t line, int64_t word) {
+  const int64_t matrix = line / args.places, place = line % args.places;
+  if (word >= args.words() || matrix >= args.matrices) return;
+  const int64_t row = args.expert_offsets ? expert_row_at(args, place) : row_at(kLayout, place);
+  const bool has_row = row < args.rows;
+  uint32_t* packed =
+      args.packed + matrix * args.packed_matrix + word_index(kLayout, place, word, args.words(), args.stride_word);
+  uint8_t* scale = args.scale + matrix * args.stride_matrix + row * args.stride_row;
+  uint32_t value = kPack || !has_row ? 0 : *packed;
+#pragma unroll
+  for (int i = 0; i < kWordColumns; ++i) {
+    const int64_t column = word * kWordColumns + i;
+    if (!has_row || column >= args.columns) continue;
+    if constexpr (kPack) {
+      value |= static_cast<uint32_t>(scale[column * args.stride_column]) << (8 * i);
+    } else {
+      scale[column * args.stride_column] = static_cast<uint8_t>(value >> (8 * i));
+    }
+  }
+  if constexpr (kPack) *packed = value;
 }
 
 }  // namespace moe

@@ -3,8 +3,8 @@
 //
 //   cute_scale_offsets(block_k, rows, columns)   byte of each scale (m, k) in CUTLASS's layout, int32 [rows, columns]
 //   cute_scale_cosize(block_k, rows, columns)    bytes that layout takes
-//   scale_offsets(layout, rows, columns)         the same from common/scale_layouts.h, which pack_scale's kernel runs
-//   expert_rows(expert_offsets, rows)            the row that stands at each place of atoms by expert, `rows` for none
+//   pack_scale(layout, scale, rows, columns, expert_offsets)      what each thread of the CUDA kernels does, one by one;
+//   unpack_scale(layout, packed, rows, columns, expert_offsets)   layout by its number, expert_offsets may be empty
 //   quantize_block(format, x, global_scale)      common/quantize.cuh: float32 [n] -> (value bytes, stored scale)
 // Arrays come and go as bytes.
 #include "host/device_shims.h"
@@ -62,29 +62,45 @@ int64_t cute_scale_cosize(int block_k, int rows, int columns) {
                           [](auto layout) { return static_cast<int64_t>(cute::cosize(layout)); });
 }
 
-py::bytes scale_offsets(int layout, int rows, int columns) {
+// One matrix, packed or unpacked, over memory full of ones: what is not written shows.
+template <bool kPack>
+py::bytes move_scales(int layout, const std::string& from, int rows, int columns, const std::string& expert_offsets) {
   using namespace moe;
-  const auto which = static_cast<ScaleLayout>(layout);
-  return each_scale(rows, columns, [&](int row, int column) {
-    const int64_t word = word_index(which, place_of(which, row), column / kWordColumns,
-                                    ceil_div(columns, kWordColumns), round_up(rows, 4));
-    return word * kWordColumns + column % kWordColumns;
-  });
-}
-
-py::bytes expert_rows(const std::string& expert_offsets, int rows) {
-  using namespace moe;
-  std::vector<int32_t> offsets(expert_offsets.size() / sizeof(int32_t)), result;
-  std::copy_n(expert_offsets.data(), offsets.size() * sizeof(int32_t), reinterpret_cast<char*>(offsets.data()));
+  std::vector<int32_t> offsets(expert_offsets.size() / sizeof(int32_t));
+  std::copy_n(expert_offsets.data(), expert_offsets.size(), reinterpret_cast<char*>(offsets.data()));
   ScaleArgs args;
-  args.rows = rows;
-  args.expert_offsets = offsets.data();
-  args.num_experts = static_cast<int32_t>(offsets.size()) - 1;
-  const int64_t places = (rows + (kAtomRows - 1) * args.num_experts) / kAtomRows * kAtomRows;
-  for (int64_t place = 0; place < places; ++place) {
-    result.push_back(static_cast<int32_t>(expert_row_at(args, place)));
+  args.layout = static_cast<ScaleLayout>(layout);
+  args.rows = args.places = rows;
+  args.columns = args.stride_row = columns;
+  args.stride_column = 1;
+  args.stride_word = round_up(rows, 4);
+  if (args.layout == ScaleLayout::atom) args.places = round_up(rows, kAtomRows);
+  if (!offsets.empty()) {
+    args.expert_offsets = offsets.data();
+    args.num_experts = static_cast<int32_t>(offsets.size()) - 1;
+    args.places = (rows + (kAtomRows - 1) * args.num_experts) / kAtomRows * kAtomRows;
   }
-  return to_bytes(result);
+  std::vector<uint8_t> scale(static_cast<size_t>(rows) * columns, 0xff);
+  std::vector<uint32_t> packed(static_cast<size_t>(round_up(args.places, 4) * args.words()), 0xffffffffu);
+  if constexpr (kPack) {
+    std::copy_n(from.data(), scale.size(), reinterpret_cast<char*>(scale.data()));
+  } else {
+    std::copy_n(from.data(), std::min(from.size(), packed.size() * 4), reinterpret_cast<char*>(packed.data()));
+  }
+  args.scale = scale.data();
+  args.packed = packed.data();
+  for (int64_t line = 0; line < args.places + 3; ++line) {  // past the ends, as the last threads of a grid are
+    for (int64_t word = 0; word < args.words() + 3; ++word) {
+      switch (args.layout) {
+        case ScaleLayout::words: move_word<ScaleLayout::words, kPack>(args, line, word); break;
+        case ScaleLayout::words_mn: move_word<ScaleLayout::words_mn, kPack>(args, line, word); break;
+        case ScaleLayout::utccp: move_word<ScaleLayout::utccp, kPack>(args, line, word); break;
+        case ScaleLayout::atom: move_word<ScaleLayout::atom, kPack>(args, line, word); break;
+      }
+    }
+  }
+  if constexpr (kPack) return to_bytes(packed);
+  return to_bytes(scale);
 }
 
 // One block as the lanes of a warp quantise it together: the amax of their chunks, one scale, each chunk's values.
@@ -131,7 +147,7 @@ PYBIND11_MODULE(_host, module) {
   module.doc() = "CuTe's layout of block scales, and device code of the kernels, on the CPU (for tests).";
   module.def("cute_scale_offsets", &cute_scale_offsets, "block_k"_a, "rows"_a, "columns"_a);
   module.def("cute_scale_cosize", &cute_scale_cosize, "block_k"_a, "rows"_a, "columns"_a);
-  module.def("scale_offsets", &scale_offsets, "layout"_a, "rows"_a, "columns"_a);
-  module.def("expert_rows", &expert_rows, "expert_offsets"_a, "rows"_a);
+  module.def("pack_scale", &move_scales<true>, "layout"_a, "scale"_a, "rows"_a, "columns"_a, "expert_offsets"_a);
+  module.def("unpack_scale", &move_scales<false>, "layout"_a, "packed"_a, "rows"_a, "columns"_a, "expert_offsets"_a);
   module.def("quantize_block", &quantize_block, "format"_a, "x"_a, "global_scale"_a = 1.f);
 }
