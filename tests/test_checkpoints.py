@@ -302,6 +302,7 @@ def test_errors(tmp_path: Path) -> None:
         "scales of another type": good | {f"{name}.weight_scale": good[f"{name}.weight_scale"].float()},
         "a zero global scale": good | {f"{name}.weight_scale_2": torch.tensor(0.0)},
         "a tensor nobody reads": good | {f"{name}.weight_zero_point": torch.zeros(I)},
+        "a bias of one expert": good | {f"{name}.bias": torch.zeros(I)},
         "a missing tensor": {n: tensor for n, tensor in good.items() if n != f"{name}.weight_scale_2"},
         "a missing expert": {n: tensor for n, tensor in good.items() if not n.startswith(f"{PREFIX}.1.")},
         "fused experts": {f"{PREFIX}.gate_up_proj": torch.zeros(E, H, 2 * I)},
@@ -345,9 +346,10 @@ a zero global scale
 a tensor nobody reads
   load_experts: EXPERTS.2.up_proj.weight_zero_point: expected no such tensor in a ModelOpt NVFP4 checkpoint,
     got float32 [128]
+a bias of one expert
+  load_experts: EXPERTS.0.gate_proj.bias: expected a tensor, as other experts have it, got none
 a missing tensor
-  load_experts: EXPERTS.2.up_proj.weight_scale_2: expected a tensor, as ModelOpt NVFP4 experts have it, got
-    none
+  load_experts: EXPERTS.2.up_proj.weight_scale_2: expected a tensor, as other experts have it, got none
 a missing expert
   load_experts: EXPERTS: expected experts 0, 1, 2, ... or gpt-oss's gate_up_proj_blocks, got 3
 fused experts

@@ -105,27 +105,28 @@ class _Stack:
         self.reader, self.experts, self.device = reader, experts, device
         self.format: Format = FORMATS[reader.scheme.format]
         intermediate, columns = reader.read(experts[0], "gate", "weight").shape
-        self.sizes = {"hidden": columns * self.format.pack, "intermediate": intermediate}
+        self.sizes = intermediate, columns * self.format.pack  # I, H
 
     def matrices(self, projections: Sequence[str], kind: str) -> Tensor | None:
-        """weight, scale or bias: [E, parts * rows, ...]."""
-        shape = self._shape(projections[0], kind)
-        if shape is None or self.reader.read(self.experts[0], projections[0], kind) is None:
+        """weight, scale or bias: [E, parts * rows, ...]; None if the checkpoint has none."""
+        if kind not in self.reader.kinds:
             return None
-        result = None
+        shape, dtype = self._shape(projections[0], kind), self._dtype(kind)
+        rows = shape[0]
+        size = (len(self.experts), len(projections) * rows, *shape[1:])
+        result = torch.empty(size, dtype=dtype, device=self.device)
         for i, expert in enumerate(self.experts):
             for part, projection in enumerate(projections):
-                tensor = self._read(expert, projection, kind, shape, None if result is None else result.dtype)
-                if result is None:
-                    rows = len(projections) * shape[0]
-                    size = (len(self.experts), rows, *shape[1:])
-                    result = torch.empty(size, dtype=tensor.dtype, device=self.device)
-                result[i, part * shape[0] : (part + 1) * shape[0]] = tensor
+                tensor = self.reader.read(expert, projection, kind)
+                if tensor.shape != shape or tensor.dtype != dtype:
+                    expected, got = (describe(*facts, tensor.device) for facts in ((dtype, shape), _facts(tensor)))
+                    refuse(OP, self.reader.name(expert, projection, kind), expected, got)
+                result[i, part * rows : (part + 1) * rows] = tensor
         return result
 
     def numbers(self, projections: Sequence[str], kind: str) -> Tensor | None:
-        """global_scale or input_scale: float32 [E, parts]."""
-        if self.reader.read(self.experts[0], projections[0], kind) is None:
+        """global_scale or input_scale: float32 [E, parts]; None if the checkpoint has none."""
+        if kind not in self.reader.kinds:
             return None
         result = torch.empty(len(self.experts), len(projections))
         for i, expert in enumerate(self.experts):
@@ -137,26 +138,19 @@ class _Stack:
                 result[i, part] = number
         return result.to(self.device)
 
-    def _shape(self, projection: str, kind: str) -> tuple[int, ...] | None:
-        """Of one expert's projection; None where the format has no such tensor."""
-        rows, k = self.sizes["intermediate"], self.sizes["hidden"]
-        if projection == "down":
-            rows, k = k, rows
+    def _shape(self, projection: str, kind: str) -> tuple[int, ...]:
+        """Of one expert's projection."""
+        rows, k = self.sizes if projection != "down" else reversed(self.sizes)
         if kind == "bias":
             return (rows,)
-        if kind == "scale":
-            return self.format.weight_scale_shape(rows, k) if self.format.has_scale else None
-        return rows, k // self.format.pack
+        return self.format.weight_scale_shape(rows, k) if kind == "scale" else (rows, k // self.format.pack)
 
-    def _read(
-        self, expert: int, projection: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype | None
-    ) -> Tensor:
-        tensor = self.reader.read(expert, projection, kind)
-        name = self.reader.name(expert, projection, kind)
-        expected_dtype = dtype or {"weight": self.format.dtype, "scale": self.format.scale_dtype}.get(kind)
-        if tensor is None:
-            refuse(OP, name, "a tensor, as the first expert has it", "none")
-        if tensor.shape != shape or tensor.dtype != (expected_dtype or tensor.dtype):
-            expected = describe(expected_dtype or tensor.dtype, shape, tensor.device)
-            refuse(OP, name, expected, describe(tensor.dtype, tensor.shape, tensor.device))
-        return tensor
+    def _dtype(self, kind: str) -> torch.dtype:
+        """What the ops take; for biases any float type, the first one's."""
+        if kind == "bias":
+            return self.reader.read(self.experts[0], "gate", kind).dtype
+        return self.format.dtype if kind == "weight" else self.format.scale_dtype
+
+
+def _facts(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
+    return tensor.dtype, tensor.shape

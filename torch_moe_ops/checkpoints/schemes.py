@@ -97,9 +97,10 @@ class Reader(Protocol):
 
     scheme: Scheme
     num_experts: int
+    kinds: frozenset[str]  # what this checkpoint has, of all experts and projections alike
 
-    def read(self, expert: int, projection: str, kind: str) -> Tensor | None:
-        """[rows, k / pack] codes, [rows, k blocks] scale, [] global_scale and input_scale, [rows] bias; or None."""
+    def read(self, expert: int, projection: str, kind: str) -> Tensor:
+        """[rows, k / pack] codes, [rows, k blocks] scale, one global_scale or input_scale, or [rows] bias."""
 
     def name(self, expert: int, projection: str, kind: str) -> str:
         """The tensor's name in the checkpoint, for errors."""
@@ -127,20 +128,18 @@ class Separate:
         self.num_experts = len(experts)
         self.projections = self._find_projections(set(names))
         self.scheme = self._find_scheme()
+        found = {name.rpartition(".")[2] for name in names}
+        self.kinds = frozenset(kind for kind, suffix in self.scheme.suffixes().items() if suffix in found)
         _refuse_unknown(self)
 
     def name(self, expert: int, projection: str, kind: str) -> str:
         return f"{self.prefix}.{expert}.{self.projections[projection]}.{getattr(self.scheme, kind)}"
 
-    def read(self, expert: int, projection: str, kind: str) -> Tensor | None:
-        if not getattr(self.scheme, kind):
-            return None
+    def read(self, expert: int, projection: str, kind: str) -> Tensor:
         name = self.name(expert, projection, kind)
-        if name in self.checkpoint:
-            return _as_the_ops_take_it(self.checkpoint.read(name), kind, self.scheme)
-        if getattr(self.scheme, kind) in self.scheme.optional and self.name(0, projection, kind) not in self.checkpoint:
-            return None
-        refuse(OP, name, f"a tensor, as {self.scheme.name} experts have it", "none")
+        if name not in self.checkpoint:
+            refuse(OP, name, "a tensor, as other experts have it", "none")
+        return _as_the_ops_take_it(self.checkpoint.read(name), kind, self.scheme)
 
     def _find_projections(self, names: set[str]) -> dict[str, str]:
         for projections in PROJECTIONS:
@@ -180,6 +179,7 @@ class GptOss:
     `down_proj`. Gate rows are the even ones."""
 
     scheme = GPT_OSS
+    kinds = frozenset(GPT_OSS.suffixes())
 
     def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
         self.checkpoint, self.prefix = checkpoint, prefix
@@ -190,9 +190,7 @@ class GptOss:
         matrix = "down_proj" if projection == "down" else "gate_up_proj"
         return f"{self.prefix}.{matrix}_{getattr(self.scheme, kind)}"
 
-    def read(self, expert: int, projection: str, kind: str) -> Tensor | None:
-        if not getattr(self.scheme, kind):
-            return None
+    def read(self, expert: int, projection: str, kind: str) -> Tensor:
         name = self.name(expert, projection, kind)
         if name not in self.checkpoint:
             refuse(OP, name, "a tensor, as gpt-oss MXFP4 experts have it", "none")
