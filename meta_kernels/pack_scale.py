@@ -9,6 +9,8 @@ from ..scale_layouts import ATOM_ROWS, MN_MAJOR_WORDS, SCALE_LAYOUTS, empty_pack
 from ._check import INT32, describe, expect_choice, expect_sizes, expect_tensor, refuse
 
 ONE_BYTE = (torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.uint8)
+# pack_scale gives int32, which more of torch's operators know; other systems hand over uint32.
+WORDS = (torch.int32, torch.uint32)
 
 
 def check(scale: Tensor, layout: str, *, expert_offsets: Tensor | None = None) -> None:
@@ -55,7 +57,7 @@ def check_packed(
 
     For every op that reads packed scales: each mistake is named here instead of shifting the scales in silence.
     """
-    dtypes = tuple(dict.fromkeys((dtype, torch.uint8))) if layout == "atom" else INT32
+    dtypes = tuple(dict.fromkeys((dtype, torch.uint8))) if layout == "atom" else WORDS
     shape = packed_shape(layout, rows, columns, num_experts)
     lead = packed.shape[: packed.dim() - len(shape)]
     contiguous = layout in ("words", "atom")

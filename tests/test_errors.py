@@ -317,10 +317,10 @@ def test_unpack_scale() -> None:
             ((torch.zeros(2, 1, 32, 4, 4).to(e4m3), "atom", 256, 3, torch.uint8), {}),  # another format's
         ),
         """\
-unpack_scale: packed: expected int32 [256, 2] on cpu, got float8_e4m3fn [256, 12] on cpu
-unpack_scale: packed: expected int32 [256, 2] on cpu, got int16 [256, 2] on cpu
+unpack_scale: packed: expected int32 or uint32 [256, 2] on cpu, got float8_e4m3fn [256, 12] on cpu
+unpack_scale: packed: expected int32 or uint32 [256, 2] on cpu, got int16 [256, 2] on cpu
 unpack_scale: packed: expected MN-major words, strides [1, ..] for utccp, got [2, 1]
-unpack_scale: packed: expected int32 [256, 2] on cpu, got int32 [128, 2] on cpu
+unpack_scale: packed: expected int32 or uint32 [256, 2] on cpu, got int32 [128, 2] on cpu
 unpack_scale: rows: expected a multiple of 128 for utccp, got 250
 unpack_scale: dtype: expected one of float8_e4m3fn, float8_e8m0fnu, uint8, got int8
 unpack_scale: rows: expected at least 0, got -1

@@ -92,8 +92,9 @@ def unpack(
     packed: Tensor, layout: str, rows: int, columns: int, dtype: torch.dtype, expert_offsets: Tensor | None = None
 ) -> Tensor:
     """The inverse of `pack`: the scales [..., rows, columns] of `dtype`, contiguous."""
+    packed = packed.view(torch.int32)  # atoms' bytes, or uint32 words
     if layout == "atom":
-        words = packed.view(torch.int32).squeeze(-1).mT.movedim(-3, -1).flatten(-4, -2)  # [..., rows, W]
+        words = packed.squeeze(-1).mT.movedim(-3, -1).flatten(-4, -2)  # [..., rows, W]
     elif layout == "utccp":
         words = packed.unflatten(-2, (-1, 32, 4)).transpose(-3, -2).flatten(-4, -2)
     else:

@@ -9,9 +9,7 @@ namespace {
 // Strides were checked in front of this kernel (meta_kernels/pack_scale.py); sizes are checked again.
 bool fits(const Tensor& packed, const ScaleArgs& args, int64_t lead) {
   const bool is_atom = args.layout == ScaleLayout::atom;
-  if (is_atom ? packed.element_size() != 1 || !packed.is_contiguous() : packed.scalar_type() != ScalarType::Int) {
-    return false;
-  }
+  if (packed.element_size() != (is_atom ? 1 : sizeof(uint32_t)) || (is_atom && !packed.is_contiguous())) return false;
   const std::vector<int64_t> sizes = packed_sizes(args);
   for (size_t i = 0; i < sizes.size(); ++i) {
     if (packed.size(lead + static_cast<int64_t>(i)) != sizes[i]) return false;

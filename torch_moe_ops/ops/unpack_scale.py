@@ -25,8 +25,8 @@ def unpack_scale(
     """The inverse of `pack_scale`: the bytes go back to their places, their bits are reinterpreted, never converted.
 
     Args:
-        packed: a matrix or a batch of matrices as `pack_scale` lays them out: int32 [.., rows, W] for words, words_mn
-            and utccp, bytes [.., atom rows, W, 32, 4, 4] for atom.
+        packed: a matrix or a batch of matrices as `pack_scale` lays them out: int32 (or uint32) [.., rows, W] for
+            words, words_mn and utccp, bytes [.., atom rows, W, 32, 4, 4] for atom.
         layout: words, words_mn, utccp or atom.
         rows, columns: the sizes of the scale matrix; W = ceil(columns / 4).
         dtype: of the scales: float8_e4m3fn, float8_e8m0fnu or uint8.
