@@ -87,6 +87,19 @@ def test_s0_11_fp8_block_to_mxfp8() -> None:
     assert torch.equal(FORMATS["mxfp8"].dequantize(converted.weight, converted.scale, (1, 32)), x)
 
 
+@pytest.mark.parametrize("format, to", [("mxfp4", "nvfp4"), ("mxfp8", "fp8_block"), ("nvfp4", "mxfp4")])
+def test_the_same_bits_under_another_dtype(format: str, to: str) -> None:
+    """Scales of e8m0 may come as uint8, 4-bit codes as float4_e2m1fn_x2, as everywhere."""
+    values, scale, global_scale = quantize_weight(normal_weight(0.02, 2, 64, 128), format)
+    expected = convert_weight(values, scale, format, to, weight_global_scale=global_scale)
+    if format != "nvfp4":
+        scale = scale.view(torch.uint8)
+    if values.dtype == torch.uint8:
+        values = values.view(torch.float4_e2m1fn_x2)
+    got = convert_weight(values, scale, format, to, weight_global_scale=global_scale)
+    assert got.error == expected.error and torch.equal(as_bytes(got.weight), as_bytes(expected.weight))
+
+
 def test_no_experts_and_zero_weights() -> None:
     for num_experts in (0, 2):
         values, scale, global_scale = quantize_weight(torch.zeros(num_experts, 32, 64), "nvfp4")

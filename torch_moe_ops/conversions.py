@@ -19,6 +19,7 @@ from torch import Tensor
 from .formats import CHUNK_ELEMENTS, FORMATS, Format, encode_e4m3, get_format, quantize_weight
 from .meta_kernels._check import FLOAT32, expect_choice, expect_tensor, refuse
 from .meta_kernels.grouped_gemm import check_weight
+from .reference.grouped_gemm import same_bits
 
 
 class ConvertedWeight(NamedTuple):
@@ -137,8 +138,9 @@ def _chunks(weight: Tensor, format: Format) -> Iterator[slice]:
 def _dequantize(
     format: Format, chunk: slice, weight: Tensor, scale: Tensor | None, global_scale: Tensor | None, parts: int
 ) -> Tensor:
-    chunk_scale, chunk_global = (None if t is None else t[chunk] for t in (scale, global_scale))
-    return format.dequantize(weight[chunk], chunk_scale, format.weight_block, chunk_global, parts)
+    weight, scale = same_bits(weight, format.dtype), same_bits(scale, format.scale_dtype)
+    scale, global_scale = (None if tensor is None else tensor[chunk] for tensor in (scale, global_scale))
+    return format.dequantize(weight[chunk], scale, format.weight_block, global_scale, parts)
 
 
 def _of_rows(global_scale: Tensor, rows: int) -> Tensor:
