@@ -24,7 +24,8 @@ Name -> `torch_moe_ops.formats.Format`: the table in [ops.md](ops.md#formats).
 ORDER = (
     ("fused_moe", "Experts", "Experts.from_weights", "Experts.forward", "Experts.options")
     + ("topk", "sort_slots", "quantize", "permute", "grouped_gemm", "act_mul", "finalize")
-    + ("pack_scale", "unpack_scale", "compute_global_scale", "convert_weight", "fold_global_scale")
+    + ("quantize_weight", "compute_global_scale", "convert_weight", "fold_global_scale", "to_gate_up", "from_gate_up")
+    + ("pack_scale", "unpack_scale")
     + ("checkpoints.load_experts", "max_rows", "workspace_bytes", "explain", "build_info")
 )
 

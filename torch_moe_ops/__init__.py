@@ -9,8 +9,8 @@ from . import _library as _library  # defines torch.ops.moe
 from .backends import explain
 from .build_info import build_info
 from .conversions import convert_weight, fold_global_scale
-from .experts import Experts
-from .formats import FORMATS, compute_global_scale
+from .experts import Experts, from_gate_up, to_gate_up
+from .formats import FORMATS, compute_global_scale, quantize_weight
 from .meta_kernels._sizes import max_rows, workspace_bytes
 from .ops.act_mul import act_mul
 from .ops.finalize import finalize
@@ -38,13 +38,16 @@ __all__ = [
     "explain",
     "finalize",
     "fold_global_scale",
+    "from_gate_up",
     "fused_moe",
     "grouped_gemm",
     "max_rows",
     "pack_scale",
     "permute",
     "quantize",
+    "quantize_weight",
     "sort_slots",
+    "to_gate_up",
     "topk",
     "unpack_scale",
     "workspace_bytes",
