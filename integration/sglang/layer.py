@@ -26,7 +26,7 @@ logger = logging.getLogger("sglang.srt.torch_moe_ops")  # below "sglang", whose 
 
 
 class LayerRunner:
-    """A layer's `quant_method.runner`; two of its methods replace those of the quantisation method."""
+    """A layer's `quant_method.runner`; some of its methods replace those of the quantisation method."""
 
     def __init__(self, method: object, layer: torch.nn.Module, config: object, backend: object, combine: type) -> None:
         """`backend` is SGLang's record of the flag's value, `combine` its StandardCombineInput. The layer's weights
@@ -46,6 +46,7 @@ class LayerRunner:
     def take_over(self, method: object) -> None:
         method.moe_runner_config = self.config
         method.runner = self
+        method.get_moe_runner_backend = lambda layer: self.runner_backend  # TopK asks in 0.5.23
         method.apply = self.apply
         method.process_weights_after_loading = self.process_weights_after_loading
 
