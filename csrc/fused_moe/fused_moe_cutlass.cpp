@@ -1,5 +1,6 @@
-// torch.ops.moe.fused_moe.cutlass_sm90: the whole layer in one call and five launches (six where GEMM1 is not fused):
-//   sort_slots -> permute (+ quantise) -> GEMM1 with activation (+ requantise) -> GEMM2 -> finalize
+// torch.ops.moe.fused_moe.cutlass_sm90: the whole layer in one call.
+//   sort_slots -> permute (+ quantise) -> both GEMMs with the activation (+ requantise) in between -> finalize
+// or, where the two GEMMs cannot be one launch (no gate, interleaved w13), GEMM1 -> act_mul -> GEMM2.
 // Every intermediate is a tensor of torch's allocator, of the sizes that meta_kernels/_sizes.py states.
 #include <torch/csrc/stable/library.h>
 
@@ -7,6 +8,7 @@
 #include "common/arguments.h"
 #include "common/stream.h"
 #include "finalize/finalize.h"
+#include "fused_moe/sort_permute.h"
 #include "grouped_gemm/sm90_config.h"
 #include "grouped_gemm/tensor_args.h"
 #include "permute/permute.h"
@@ -27,7 +29,7 @@ struct Layer {
   GateUpLayout layout = GateUpLayout::gate_up;
   const int32_t* expert_offsets = nullptr;
   const int32_t* slot_to_row = nullptr;
-  int32_t* tile_counters = nullptr;  // [2], one for each GEMM
+  int32_t* counters = nullptr;  // 0 at the start: what the GEMMs draw tiles from
   cudaStream_t stream = nullptr;
 };
 
@@ -36,48 +38,52 @@ void check_gemm(const char* argument, const char* reason) {
 }
 
 // torch's allocator reuses memory in stream order: these may go as soon as the last launch that reads them is in the stream.
-struct Maps {
-  Tensor expert_offsets, slot_to_row, tile_counters;
+struct Permuted {
+  Tensor expert_offsets, slot_to_row, counters;
+  QuantizedTensors rows;
 };
 
-Maps run_sort_slots(const Tensor& topk_ids, const std::optional<Tensor>& expert_map, int32_t num_experts, int64_t num_rows,
-                    cudaStream_t stream) {
-  Maps maps{empty({num_experts + 1}, ScalarType::Int, topk_ids), empty({topk_ids.size(0), topk_ids.size(1)}, ScalarType::Int, topk_ids),
-            empty({2}, ScalarType::Int, topk_ids)};
-  SortSlotsArgs args;
-  args.topk_ids = pointer<const int32_t>(topk_ids);
-  args.expert_map = pointer<const int32_t>(expert_map);
-  args.num_slots = topk_ids.numel();
-  args.num_global_experts = expert_map ? static_cast<int32_t>(expert_map->size(0)) : 0;
-  args.num_experts = num_experts;
-  args.num_rows = num_rows;
-  args.expert_offsets = pointer<int32_t>(maps.expert_offsets);
-  args.slot_to_row = pointer<int32_t>(maps.slot_to_row);
-  args.cleared = pointer<int32_t>(maps.tile_counters);
-  args.num_cleared = 2;
-  const int64_t bytes = static_cast<int64_t>(sort_slots_workspace_bytes(args.num_slots, num_experts));
-  const Tensor workspace = empty({bytes}, ScalarType::Byte, topk_ids);
-  check_cuda(kOp, sort_slots(args, workspace.data_ptr(), stream));
-  return maps;
-}
-
-// The scales of a row are written together (K-major): MN-major they would be single floats all over memory.
-QuantizedTensors run_permute(const Layer& layer, const Tensor& hidden_states, const float* topk_weights) {
+// sort_slots and permute; one launch for few slots, else two.
+Permuted run_permute(Layer& layer, const Tensor& hidden_states, const Tensor& topk_ids, const std::optional<Tensor>& expert_map,
+                     int32_t num_experts, int64_t num_counters, const float* topk_weights) {
+  // The scales of a row are written together (K-major): MN-major they would be single floats all over memory.
   const int64_t columns = scale_columns(layer.format, layer.hidden_size);
-  QuantizedTensors out{empty({layer.num_rows, layer.hidden_size}, value_dtype(layer.format), hidden_states),
-                       empty({layer.num_rows, columns}, ScalarType::Float, hidden_states), {}};
-  out.view = {out.values.data_ptr(), out.scale.data_ptr(), layer.hidden_size, columns, 1};
+  Permuted out{empty({num_experts + 1}, ScalarType::Int, topk_ids), empty({layer.num_tokens, layer.top_k}, ScalarType::Int, topk_ids),
+               empty({num_counters}, ScalarType::Int, topk_ids),
+               {empty({layer.num_rows, layer.hidden_size}, value_dtype(layer.format), hidden_states),
+                empty({layer.num_rows, columns}, ScalarType::Float, hidden_states), {}}};
+  out.rows.view = {out.rows.values.data_ptr(), out.rows.scale.data_ptr(), layer.hidden_size, columns, 1};
+  SortSlotsArgs sort;
+  sort.topk_ids = pointer<const int32_t>(topk_ids);
+  sort.expert_map = pointer<const int32_t>(expert_map);
+  sort.num_slots = topk_ids.numel();
+  sort.num_global_experts = expert_map ? static_cast<int32_t>(expert_map->size(0)) : 0;
+  sort.num_experts = num_experts;
+  sort.num_rows = layer.num_rows;
+  sort.expert_offsets = pointer<int32_t>(out.expert_offsets);
+  sort.slot_to_row = pointer<int32_t>(out.slot_to_row);
+  sort.cleared = pointer<int32_t>(out.counters);
+  sort.num_cleared = num_counters;
   PermuteArgs args;
   args.hidden_states = hidden_states.data_ptr();
   args.dtype = float_dtype(hidden_states);
-  args.slot_to_row = layer.slot_to_row;
+  args.slot_to_row = sort.slot_to_row;
   args.topk_weights = topk_weights;
   args.num_tokens = layer.num_tokens;
   args.top_k = static_cast<int32_t>(layer.top_k);
   args.num_rows = layer.num_rows;
   args.format = layer.format;
-  args.out = out.view;
-  check_cuda(kOp, permute(args, layer.stream));
+  args.out = out.rows.view;
+  if (sort.num_slots > 0 && sort.num_slots <= kSortPermuteMaxSlots) {
+    check_cuda(kOp, sort_permute(sort, args, layer.stream));
+  } else {
+    const Tensor workspace = empty({static_cast<int64_t>(sort_slots_workspace_bytes(sort.num_slots, num_experts))}, ScalarType::Byte, topk_ids);
+    check_cuda(kOp, sort_slots(sort, workspace.data_ptr(), layer.stream));
+    check_cuda(kOp, permute(args, layer.stream));
+  }
+  layer.expert_offsets = sort.expert_offsets;
+  layer.slot_to_row = sort.slot_to_row;
+  layer.counters = sort.cleared;
   return out;
 }
 
@@ -89,49 +95,47 @@ void set_input(GroupedGemmArgs& args, const Layer& layer, const QuantizedTensors
     args.a_scale = {static_cast<const float*>(a.view.scale), 0, a.view.scale_stride_row, a.view.scale_stride_k};
 }
 
-// act = quantize(activation(permuted @ w13)). Fused into the GEMM's epilogue, or two launches around a float32 gate_up
-// (the same bits) where the epilogue cannot (no gate, interleaved w13) or where its 256-row tiles are too few to keep the
-// memory busy: on an H200, DeepSeek-V3 TP8 at one token takes 25.7 us fused, 15.6 + 2 us in two launches.
-QuantizedTensors run_gemm1(const Layer& layer, GroupedGemmArgs gemm, const QuantizedTensors& permuted) {
-  set_input(gemm, layer, permuted);
-  QuantizedTensors act = empty_quantized(layer.format, layer.num_rows, layer.intermediate_size, permuted.values);
-  const bool can_fuse = layer.layout != GateUpLayout::interleaved && grouped_gemm_gated_sm90_why_not(gemm) == nullptr;
-  if (can_fuse && grouped_gemm_gated_sm90_pays(gemm)) {
-    GatedEpilogue epilogue;
-    epilogue.activation = layer.activation;
-    epilogue.gate_part = layer.layout == GateUpLayout::up_gate ? 1 : 0;
-    epilogue.act_scale = static_cast<float*>(act.view.scale);
-    epilogue.scale_stride_row = act.view.scale_stride_row;
-    epilogue.scale_stride_k = act.view.scale_stride_k;
-    gemm.out = act.values.data_ptr();
-    gemm.out_dtype = gemm.ab_dtype;
-    check_cuda(kOp, grouped_gemm_gated_sm90(gemm, epilogue, layer.tile_counters, layer.stream));
-    return act;
-  }
-  const Tensor gate_up = empty({layer.num_rows, gemm.n}, ScalarType::Float, permuted.values);
-  gemm.out = gate_up.data_ptr();
-  gemm.out_dtype = DType::float32;
-  check_cuda(kOp, grouped_gemm_sm90_counted(gemm, layer.tile_counters, layer.stream));
+// expert_out [num_rows, H] = act @ w2, act = quantize(activation(permuted @ w13)).
+Tensor run_gemms(const Layer& layer, GroupedGemmArgs gemm1, GroupedGemmArgs gemm2, const QuantizedTensors& permuted, const Tensor& like) {
+  const Tensor gate_up = empty({layer.num_rows, gemm1.n}, ScalarType::Float, like);
+  set_input(gemm1, layer, permuted);
+  gemm1.out = gate_up.data_ptr();
+  gemm1.out_dtype = DType::float32;
+  check_cuda(kOp, grouped_gemm_sm90_counted(gemm1, layer.counters, layer.stream));
+  const QuantizedTensors act = empty_quantized(layer.format, layer.num_rows, layer.intermediate_size, like);
   ActMulArgs args;
   args.gate_up = gate_up.data_ptr();
   args.dtype = DType::float32;
   args.expert_offsets = layer.expert_offsets;
-  args.num_experts = gemm.num_experts;
+  args.num_experts = gemm1.num_experts;
   args.num_rows = layer.num_rows;
   args.activation = layer.activation;
   args.layout = layer.layout;
   args.format = layer.format;
   args.out = act.view;
   check_cuda(kOp, act_mul(args, layer.stream));
-  return act;
+  set_input(gemm2, layer, act);
+  Tensor expert_out = empty({layer.num_rows, layer.hidden_size}, like.scalar_type(), like);
+  gemm2.out = expert_out.data_ptr();
+  gemm2.out_dtype = float_dtype(like);
+  check_cuda(kOp, grouped_gemm_sm90_counted(gemm2, layer.counters + 1, layer.stream));
+  return expert_out;
 }
 
-Tensor run_gemm2(const Layer& layer, GroupedGemmArgs gemm, const QuantizedTensors& act, const Tensor& like) {
-  set_input(gemm, layer, act);
+// The same in one launch.
+Tensor run_fused_gemms(const Layer& layer, FusedGemms fused, const FusedGemmsSizes& sizes, const QuantizedTensors& permuted, const Tensor& like) {
+  const QuantizedTensors act = empty_quantized(layer.format, layer.num_rows, layer.intermediate_size, like);
+  const Tensor gate_up = empty({sizes.gate_up}, ScalarType::Float, like);
   Tensor expert_out = empty({layer.num_rows, layer.hidden_size}, like.scalar_type(), like);
-  gemm.out = expert_out.data_ptr();
-  gemm.out_dtype = float_dtype(like);
-  check_cuda(kOp, grouped_gemm_sm90_counted(gemm, layer.tile_counters + 1, layer.stream));
+  set_input(fused.gemm1, layer, permuted);
+  set_input(fused.gemm2, layer, act);
+  fused.gemm1.out = act.values.data_ptr();
+  fused.gemm1.out_dtype = fused.gemm1.ab_dtype;
+  fused.gemm2.out = expert_out.data_ptr();
+  fused.gemm2.out_dtype = float_dtype(like);
+  fused.gate_up = pointer<float>(gate_up);
+  fused.sync = layer.counters;
+  check_cuda(kOp, fused_gemms_sm90(fused, layer.stream));
   return expert_out;
 }
 
@@ -193,19 +197,24 @@ Tensor fused_moe_sm90(const Tensor& hidden_states, const Tensor& w13, const Tens
   check_gemm("w2", grouped_gemm_sm90_why_not(gemm2));
   layer.num_rows = layer.num_tokens * layer.top_k;
 
+  FusedGemms fused{gemm1, gemm2};
+  fused.gemm1.num_rows = fused.gemm2.num_rows = layer.num_rows;
+  fused.activation = layer.activation;
+  fused.gate_part = layer.layout == GateUpLayout::up_gate ? 1 : 0;
+  if (layer.num_rows <= kSortPermuteMaxSlots) fused.topk_ids = pointer<const int32_t>(topk_ids);
+  fused.expert_map = pointer<const int32_t>(expert_map);
+  fused.num_slots = layer.num_rows;
+  fused.num_global_experts = expert_map ? static_cast<int32_t>(expert_map->size(0)) : 0;
+  const bool can_fuse = layer.layout != GateUpLayout::interleaved && fused_gemms_sm90_why_not(gemm1, gemm2) == nullptr;
+
   const CudaScope scope(hidden_states);
   layer.stream = scope.stream;
-  const Maps maps = run_sort_slots(topk_ids, expert_map, gemm1.num_experts, layer.num_rows, layer.stream);
-  layer.expert_offsets = pointer<const int32_t>(maps.expert_offsets);
-  layer.slot_to_row = pointer<const int32_t>(maps.slot_to_row);
-  layer.tile_counters = pointer<int32_t>(maps.tile_counters);
+  const FusedGemmsSizes sizes = can_fuse ? fused_gemms_sm90_sizes(fused) : FusedGemmsSizes{2, 0};
   const float* weights = pointer<const float>(topk_weights);
-  QuantizedTensors act;
-  {
-    const QuantizedTensors permuted = run_permute(layer, hidden_states, apply_router_weight_on_input ? weights : nullptr);
-    act = run_gemm1(layer, gemm1, permuted);
-  }  // permuted's memory may hold expert_out
-  const Tensor expert_out = run_gemm2(layer, gemm2, act, hidden_states);
+  const Permuted permuted =
+      run_permute(layer, hidden_states, topk_ids, expert_map, gemm1.num_experts, sizes.sync, apply_router_weight_on_input ? weights : nullptr);
+  const Tensor expert_out = can_fuse ? run_fused_gemms(layer, fused, sizes, permuted.rows, hidden_states)
+                                     : run_gemms(layer, gemm1, gemm2, permuted.rows, hidden_states);
   return run_finalize(layer, expert_out, apply_router_weight_on_input ? nullptr : weights, routed_scaling_factor);
 }
 

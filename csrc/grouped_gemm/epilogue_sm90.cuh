@@ -8,11 +8,11 @@ namespace moe::sm90 {
 // Named barriers 1 and 2: one warpgroup each; 3: all consumers.
 __device__ __forceinline__ void sync_threads(int barrier, int count) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory"); }
 
-__device__ __forceinline__ float load_bias(const KernelParams& p, int64_t index) {
-  switch (p.bias_dtype) {
-    case DType::bfloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(p.bias)[index]);
-    case DType::float16: return __half2float(static_cast<const __half*>(p.bias)[index]);
-    default: return static_cast<const float*>(p.bias)[index];
+__device__ __forceinline__ float load_bias(const GemmParams& g, int64_t index) {
+  switch (g.bias_dtype) {
+    case DType::bfloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(g.bias)[index]);
+    case DType::float16: return __half2float(static_cast<const __half*>(g.bias)[index]);
+    default: return static_cast<const float*>(g.bias)[index];
   }
 }
 
@@ -31,9 +31,6 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t address, uint
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m0), "r"(m1), "r"(m2), "r"(m3)
                : "memory");
 }
-__device__ __forceinline__ void store_matrices_transposed(uint32_t address, uint32_t m0, uint32_t m1) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(m0), "r"(m1) : "memory");
-}
 __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m0), "r"(m1), "r"(m2), "r"(m3)
                : "memory");
@@ -50,6 +47,7 @@ struct NarrowEpilogue {
   const KernelParams& p;
   const Smem<C>& smem;
   const Tile tile;
+  const GemmParams& g;
   float (&total)[C::kWaves * kWave];
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   // Row of the wave that this thread's first accumulator belongs to; its second is eight below.
@@ -63,8 +61,8 @@ struct NarrowEpilogue {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int32_t r = row + wave_row + 8 * half;
-      if (r >= p.part_rows) continue;
-      const float bias = load_bias(p, (int64_t(tile.expert) * p.parts + part) * p.part_rows + r);
+      if (r >= g.part_rows) continue;
+      const float bias = load_bias(g, (int64_t(tile.expert) * g.parts + part) * g.part_rows + r);
 #pragma unroll
       for (int i = 0; i < kWave; ++i)
         if (i / 2 % 2 == half) total[wave * kWave + i] += bias;
@@ -74,27 +72,35 @@ struct NarrowEpilogue {
   // out[token, column .. column + 64) = this warpgroup's rows of a wave; `columns` of them exist.
   template <int kFirst>
   __device__ void store_16bit(int32_t column, int32_t columns) {
+    if constexpr (kTokens <= 16) {  // so little that three barriers cost more than stores of 2 bytes
+      auto out = static_cast<uint16_t*>(g.out) + int64_t(tile.token) * g.out_stride + column;
+#pragma unroll
+      for (int i = 0; i < kWave; ++i) {
+        const int token = token_of(i, lane), row = wave_row % 64 + 8 * (i / 2 % 2);
+        if (token < tile.valid_tokens && row < columns) out[int64_t(token) * g.out_stride + row] = uint16_t(pack_16bit(g.out_dtype, total[kFirst + i], 0.f));
+      }
+      return;
+    }
     uint8_t* staging = smem.staging_ptr + warpgroup * 64 * 128;
     const uint32_t base = smem.staging + warpgroup * 64 * 128;
     auto packed = [&](int group, int half) {
       const int i = kFirst + 4 * group + 2 * half;
-      return pack_16bit(p.out_dtype, total[i], total[i + 1]);
+      return pack_16bit(g.out_dtype, total[i], total[i + 1]);
     };
     const int chunk_of_lane = 2 * warp + (lane / 8) % 2;
     sync_threads(1 + warpgroup, 128);  // the previous contents have been read
 #pragma unroll
-    for (int g = 0; g < kTokens / 8; g += 2) {
-      if constexpr (kTokens == 8) store_matrices_transposed(base + staged(lane % 8, chunk_of_lane), packed(0, 0), packed(0, 1));
-      else store_matrices_transposed(base + staged(8 * g + (lane / 16) * 8 + lane % 8, chunk_of_lane), packed(g, 0), packed(g, 1),
-                                     packed(g + 1, 0), packed(g + 1, 1));
+    for (int group = 0; group < kTokens / 8; group += 2) {
+      store_matrices_transposed(base + staged(8 * group + (lane / 16) * 8 + lane % 8, chunk_of_lane), packed(group, 0), packed(group, 1),
+                                     packed(group + 1, 0), packed(group + 1, 1));
     }
     sync_threads(1 + warpgroup, 128);
-    auto out = static_cast<uint16_t*>(p.out);
+    auto out = static_cast<uint16_t*>(g.out);
 #pragma unroll
     for (int t = thread / 8; t < kTokens; t += 16) {
       const int chunk = thread % 8;
       if (t < tile.valid_tokens && chunk * 8 < columns)
-        *reinterpret_cast<uint4*>(out + int64_t(tile.token + t) * p.out_stride + column + chunk * 8) =
+        *reinterpret_cast<uint4*>(out + int64_t(tile.token + t) * g.out_stride + column + chunk * 8) =
             *reinterpret_cast<const uint4*>(staging + staged(t, chunk));
     }
     sync_threads(1 + warpgroup, 128);  // read, before a wide tile writes warp by warp
@@ -103,11 +109,11 @@ struct NarrowEpilogue {
   // The same for float32 out: eight lanes hold eight neighbouring columns, so registers go straight to memory.
   template <int kFirst>
   __device__ void store_float32(int32_t column, int32_t columns) {
-    auto out = static_cast<float*>(p.out);
+    auto out = static_cast<float*>(g.out);
 #pragma unroll
     for (int i = 0; i < kWave; ++i) {
       const int token = token_of(i, lane), row = wave_row % 64 + 8 * (i / 2 % 2);
-      if (token < tile.valid_tokens && row < columns) out[int64_t(tile.token + token) * p.out_stride + column + row] = total[kFirst + i];
+      if (token < tile.valid_tokens && row < columns) out[int64_t(tile.token + token) * g.out_stride + column + row] = total[kFirst + i];
     }
   }
 
@@ -116,7 +122,7 @@ struct NarrowEpilogue {
     uint8_t* staging = smem.staging_ptr;
     float* amax = reinterpret_cast<float*>(staging + 64 * 128);  // [8 warps][kTokens]
     float* inverse = amax + 8 * kTokens;                         // [kTokens]
-    const int32_t channels = min(128, p.part_rows - tile.row);
+    const int32_t channels = min(128, g.part_rows - tile.row);
     sync_threads(3, C::kConsumers);  // the previous tile's staging has been read
 #pragma unroll
     for (int i = 0; i < kWave; i += i % 2 == 0 ? 1 : 3) {  // both values of a token pair, first row
@@ -133,7 +139,7 @@ struct NarrowEpilogue {
       const float scale = quantisation_scale(m);
       inverse[t] = __fdiv_rn(1.f, scale);
       if (t < tile.valid_tokens)
-        p.gated.act_scale[int64_t(tile.token + t) * p.gated.scale_stride_row + (tile.row / 128) * p.gated.scale_stride_k] = scale;
+        p.act_scale[int64_t(tile.token + t) * p.act_scale_stride_row + (tile.row / 128) * p.act_scale_stride_k] = scale;
     }
     sync_threads(3, C::kConsumers);
 #pragma unroll
@@ -143,36 +149,39 @@ struct NarrowEpilogue {
       staging[staged(token, channel / 16) + channel % 16] = v.__x;
     }
     sync_threads(3, C::kConsumers);
-    auto out = static_cast<uint8_t*>(p.out);
+    auto out = static_cast<uint8_t*>(g.out);
     for (int t = threadIdx.x / 8; t < min(kTokens, tile.valid_tokens); t += C::kConsumers / 8) {
       const int chunk = thread % 8;
       if (chunk * 16 < channels)
-        *reinterpret_cast<uint4*>(out + int64_t(tile.token + t) * p.out_stride + tile.row + chunk * 16) =
+        *reinterpret_cast<uint4*>(out + int64_t(tile.token + t) * g.out_stride + tile.row + chunk * 16) =
             *reinterpret_cast<const uint4*>(staging + staged(t, chunk));
     }
     sync_threads(3, C::kConsumers);  // read, before a wide tile writes warp by warp
   }
 
   __device__ void run() {
-    if (p.bias != nullptr) unrolled<C::kWaves>([&](auto w) { add_bias(w); });
+    if (g.bias != nullptr) unrolled<C::kWaves>([&](auto w) { add_bias(w); });
     if constexpr (C::kGated) {
-      with_gated_activation(p.gated.activation.kind, [&](auto kind) {
-#pragma unroll
-        for (int i = 0; i < kWave; ++i) total[i] = activate<decltype(kind)::value>(p.gated.activation, total[i], total[kWave + i]);
-      });
-      const int32_t row = tile.row + warpgroup * 64;
-      if constexpr (C::kFloat8) store_quantized();
-      else store_16bit<0>(row, p.part_rows - row);
-    } else {
-      unrolled<C::kWaves>([&](auto w) {
-        int32_t part, row;
-        wave_origin<C>(p, tile, w, part, row);
-        row += warpgroup * 64;
-        const int32_t column = part * p.part_rows + row, columns = p.part_rows - row;
-        if (p.out_dtype == DType::float32) store_float32<w * kWave>(column, columns);
-        else store_16bit<w * kWave>(column, columns);
-      });
+      if (tile.gemm == 0) return store_activated();
     }
+    unrolled<C::kWaves>([&](auto w) {
+      int32_t part, row;
+      wave_origin<C>(p, tile, w, part, row);
+      row += warpgroup * 64;
+      const int32_t column = part * g.part_rows + row, columns = g.part_rows - row;
+      if (g.out_dtype == DType::float32) store_float32<w * kWave>(column, columns);
+      else store_16bit<w * kWave>(column, columns);
+    });
+  }
+
+  __device__ void store_activated() {
+    with_gated_activation(p.activation.kind, [&](auto kind) {
+#pragma unroll
+      for (int i = 0; i < kWave; ++i) total[i] = activate<decltype(kind)::value>(p.activation, total[i], total[kWave + i]);
+    });
+    const int32_t row = tile.row + warpgroup * 64;
+    if constexpr (C::kFloat8) store_quantized();
+    else store_16bit<0>(row, g.part_rows - row);
   }
 };
 

@@ -10,6 +10,7 @@ struct WideEpilogue {
   const KernelParams& p;
   const Smem<C>& smem;
   const Tile tile;
+  const GemmParams& g;
   float (&total)[C::kWaves * 64];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_token = warp * 16;                  // first of the 16 tokens of this warp
@@ -26,7 +27,7 @@ struct WideEpilogue {
     for (int i = 0; i < 64; ++i) {
       if (i / 2 % 2 == 1) continue;
       const int32_t r = row + column_of(i);
-      const float bias = r < p.part_rows ? load_bias(p, (int64_t(tile.expert) * p.parts + part) * p.part_rows + r) : 0.f;
+      const float bias = r < g.part_rows ? load_bias(g, (int64_t(tile.expert) * g.parts + part) * g.part_rows + r) : 0.f;
       total[wave * 64 + i] += bias;
       total[wave * 64 + i + 2] += bias;
     }
@@ -53,30 +54,30 @@ struct WideEpilogue {
       if (first >= columns) break;
       auto packed = [&](int group, int half) {
         const int i = kFirst + 4 * (first / 8 + group) + 2 * half;
-        return pack_16bit(p.out_dtype, total[i], total[i + 1]);
+        return pack_16bit(g.out_dtype, total[i], total[i + 1]);
       };
 #pragma unroll
-      for (int g = 0; g < 8; g += 2)
-        store_matrices(staging + staged((lane / 8) % 2 * 8 + lane % 8, g + lane / 16), packed(g, 0), packed(g, 1), packed(g + 1, 0),
-                       packed(g + 1, 1));
-      copy_out(static_cast<uint8_t*>(p.out) + 2 * (column + first), 2 * int64_t(p.out_stride), 2 * (columns - first));
+      for (int group = 0; group < 8; group += 2)
+        store_matrices(staging + staged((lane / 8) % 2 * 8 + lane % 8, group + lane / 16), packed(group, 0), packed(group, 1),
+                       packed(group + 1, 0), packed(group + 1, 1));
+      copy_out(static_cast<uint8_t*>(g.out) + 2 * (column + first), 2 * int64_t(g.out_stride), 2 * (columns - first));
     }
   }
 
   template <int kFirst>
   __device__ void store_float32(int32_t column, int32_t columns) {
-    auto out = static_cast<float*>(p.out);
+    auto out = static_cast<float*>(g.out);
 #pragma unroll
     for (int i = 0; i < 64; i += 2) {
       const int token = token_of(i / 2 % 2), c = column_of(i);
       if (token < tile.valid_tokens && c < columns)
-        *reinterpret_cast<float2*>(out + int64_t(tile.token + token) * p.out_stride + column + c) = make_float2(total[kFirst + i], total[kFirst + i + 1]);
+        *reinterpret_cast<float2*>(out + int64_t(tile.token + token) * g.out_stride + column + c) = make_float2(total[kFirst + i], total[kFirst + i + 1]);
     }
   }
 
   // act of 128 channels (wave 0), requantised.
   __device__ void store_quantized() {
-    const int32_t channels = min(128, p.part_rows - tile.row);
+    const int32_t channels = min(128, g.part_rows - tile.row);
     float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -89,7 +90,7 @@ struct WideEpilogue {
       const float scale = quantisation_scale(m);
       inverse[half] = __fdiv_rn(1.f, scale);
       if (lane % 4 == 0 && token_of(half) < tile.valid_tokens)
-        p.gated.act_scale[int64_t(tile.token + token_of(half)) * p.gated.scale_stride_row + (tile.row / 128) * p.gated.scale_stride_k] = scale;
+        p.act_scale[int64_t(tile.token + token_of(half)) * p.act_scale_stride_row + (tile.row / 128) * p.act_scale_stride_k] = scale;
     }
 #pragma unroll
     for (int i = 0; i < 64; i += 2) {
@@ -98,27 +99,30 @@ struct WideEpilogue {
       const uint16_t pair = __nv_cvt_float2_to_fp8x2(v, __NV_SATFINITE, __NV_E4M3);
       asm volatile("st.shared.u16 [%0], %1;" ::"r"(staging + staged(lane / 4 + 8 * half, column / 16) + column % 16), "h"(pair) : "memory");
     }
-    copy_out(static_cast<uint8_t*>(p.out) + tile.row, p.out_stride, channels);
+    copy_out(static_cast<uint8_t*>(g.out) + tile.row, g.out_stride, channels);
   }
 
   __device__ void run() {
-    if (p.bias != nullptr) unrolled<C::kWaves>([&](auto w) { add_bias(w); });
+    if (g.bias != nullptr) unrolled<C::kWaves>([&](auto w) { add_bias(w); });
     if constexpr (C::kGated) {
-      with_gated_activation(p.gated.activation.kind, [&](auto kind) {
-#pragma unroll
-        for (int i = 0; i < 64; ++i) total[i] = activate<decltype(kind)::value>(p.gated.activation, total[i], total[64 + i]);
-      });
-      if constexpr (C::kFloat8) store_quantized();
-      else store_16bit<0>(tile.row, p.part_rows - tile.row);
-    } else {
-      unrolled<C::kWaves>([&](auto w) {
-        int32_t part, row;
-        wave_origin<C>(p, tile, w, part, row);
-        const int32_t column = part * p.part_rows + row, columns = p.part_rows - row;
-        if (p.out_dtype == DType::float32) store_float32<w * 64>(column, columns);
-        else store_16bit<w * 64>(column, columns);
-      });
+      if (tile.gemm == 0) return store_activated();
     }
+    unrolled<C::kWaves>([&](auto w) {
+      int32_t part, row;
+      wave_origin<C>(p, tile, w, part, row);
+      const int32_t column = part * g.part_rows + row, columns = g.part_rows - row;
+      if (g.out_dtype == DType::float32) store_float32<w * 64>(column, columns);
+      else store_16bit<w * 64>(column, columns);
+    });
+  }
+
+  __device__ void store_activated() {
+    with_gated_activation(p.activation.kind, [&](auto kind) {
+#pragma unroll
+      for (int i = 0; i < 64; ++i) total[i] = activate<decltype(kind)::value>(p.activation, total[i], total[64 + i]);
+    });
+    if constexpr (C::kFloat8) store_quantized();
+    else store_16bit<0>(tile.row, g.part_rows - tile.row);
   }
 };
 

@@ -47,23 +47,19 @@ cudaError_t count_sms(int* num_sms) {
   return cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
 }
 
-cudaError_t run(const GroupedGemmArgs& args, const GatedEpilogue* gated, int32_t* tile_counter, cudaStream_t stream) {
+}  // namespace
+
+cudaError_t grouped_gemm_sm90_counted(const GroupedGemmArgs& args, int32_t* tile_counter, cudaStream_t stream) {
   if (args.num_rows == 0 || args.num_experts == 0 || args.n == 0) return cudaSuccess;
   if (grouped_gemm_sm90_why_not(args) != nullptr) return cudaErrorInvalidValue;
   int num_sms = 0;
   if (auto e = count_sms(&num_sms)) return e;
   const int32_t rows = sm90::choose_tile_rows(args.num_rows, args.num_experts, args.n / args.b_parts, args.b_parts, num_sms);
   switch (args.ab_dtype) {
-    case DType::float8_e4m3: return sm90::launch_element<__nv_fp8_e4m3>(rows, args, gated, tile_counter, num_sms, stream);
-    case DType::bfloat16: return sm90::launch_element<__nv_bfloat16>(rows, args, gated, tile_counter, num_sms, stream);
-    default: return sm90::launch_element<__half>(rows, args, gated, tile_counter, num_sms, stream);
+    case DType::float8_e4m3: return sm90::launch_element<__nv_fp8_e4m3>(rows, args, tile_counter, num_sms, stream);
+    case DType::bfloat16: return sm90::launch_element<__nv_bfloat16>(rows, args, tile_counter, num_sms, stream);
+    default: return sm90::launch_element<__half>(rows, args, tile_counter, num_sms, stream);
   }
-}
-
-}  // namespace
-
-cudaError_t grouped_gemm_sm90_counted(const GroupedGemmArgs& args, int32_t* tile_counter, cudaStream_t stream) {
-  return run(args, nullptr, tile_counter, stream);
 }
 
 cudaError_t grouped_gemm_sm90(const GroupedGemmArgs& args, void* workspace, cudaStream_t stream) {
@@ -71,22 +67,31 @@ cudaError_t grouped_gemm_sm90(const GroupedGemmArgs& args, void* workspace, cuda
   return grouped_gemm_sm90_counted(args, static_cast<int32_t*>(workspace), stream);
 }
 
-const char* grouped_gemm_gated_sm90_why_not(const GroupedGemmArgs& args) {
-  if (const char* reason = grouped_gemm_sm90_why_not(args)) return reason;
-  if (args.b_parts != 2) return "b must hold gate and up (b_parts 2)";
-  if (args.ab_dtype == DType::float8_e4m3 && args.n / 2 % 16 != 0) return "rows of act must be a multiple of 16 bytes long (16-byte stores)";
+const char* fused_gemms_sm90_why_not(const GroupedGemmArgs& gemm1, const GroupedGemmArgs& gemm2) {
+  if (const char* reason = grouped_gemm_sm90_why_not(gemm1)) return reason;
+  if (const char* reason = grouped_gemm_sm90_why_not(gemm2)) return reason;
+  if (gemm1.b_parts != 2) return "w13 must hold gate and up, one above the other";
   return nullptr;
 }
 
-bool grouped_gemm_gated_sm90_pays(const GroupedGemmArgs& args) {
+FusedGemmsSizes fused_gemms_sm90_sizes(const FusedGemms& f) {
   int num_sms = 0;
-  const int64_t row_tiles = (args.n / 2 + 127) / 128;
-  return count_sms(&num_sms) == cudaSuccess && sm90::max_token_tiles(args.num_rows, args.num_experts) * row_tiles >= num_sms;
+  if (count_sms(&num_sms) != cudaSuccess) return {};
+  auto sizes = [&]<class C>() { return sm90::fused_sizes<C>(f); };
+  return f.gemm1.ab_dtype == DType::float8_e4m3 ? sm90::with_fused_config<__nv_fp8_e4m3>(f, num_sms, sizes)
+                                                : sm90::with_fused_config<__nv_bfloat16>(f, num_sms, sizes);
 }
 
-cudaError_t grouped_gemm_gated_sm90(const GroupedGemmArgs& args, const GatedEpilogue& gated, int32_t* tile_counter, cudaStream_t stream) {
-  if (grouped_gemm_gated_sm90_why_not(args) != nullptr) return cudaErrorInvalidValue;
-  return run(args, &gated, tile_counter, stream);
+cudaError_t fused_gemms_sm90(const FusedGemms& f, cudaStream_t stream) {
+  if (f.gemm1.num_rows == 0 || f.gemm1.num_experts == 0) return cudaSuccess;
+  if (fused_gemms_sm90_why_not(f.gemm1, f.gemm2) != nullptr) return cudaErrorInvalidValue;
+  int num_sms = 0;
+  if (auto e = count_sms(&num_sms)) return e;
+  switch (f.gemm1.ab_dtype) {
+    case DType::float8_e4m3: return sm90::launch_fused_element<__nv_fp8_e4m3>(f, num_sms, stream);
+    case DType::bfloat16: return sm90::launch_fused_element<__nv_bfloat16>(f, num_sms, stream);
+    default: return sm90::launch_fused_element<__half>(f, num_sms, stream);
+  }
 }
 
 }  // namespace moe

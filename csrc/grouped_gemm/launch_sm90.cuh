@@ -1,5 +1,8 @@
 // Host side of the SM90 grouped GEMM: tensor maps and the launch of one tile configuration.
 #pragma once
+#include <algorithm>
+
+#include "common/dtypes.h"
 #include "common/launch.h"
 #include "grouped_gemm/persistent_sm90.cuh"
 
@@ -29,52 +32,126 @@ cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t k, int64
 }
 
 template <class C>
-cudaError_t launch_tiles(const GroupedGemmArgs& args, const GatedEpilogue* gated, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
+cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args) {
   using Element = typename C::Element;
-  KernelParams p{};
-  p.parts = args.b_parts;
-  p.part_rows = args.n / args.b_parts;
-  if (auto e = make_tensor_map<Element>(&p.weights, args.b, args.k, p.part_rows, int64_t(args.num_experts) * p.parts, C::kWaveRows)) return e;
+  g.parts = args.b_parts;
+  g.part_rows = args.n / args.b_parts;
+  g.out = args.out;
+  g.bias = args.bias;
+  g.a_scale = args.a_scale;
+  g.b_scale = args.b_scale;
+  g.out_stride = args.n;
+  g.k_blocks = (args.k * int(sizeof(Element)) + 127) / 128;
+  g.out_dtype = args.out_dtype;
+  g.bias_dtype = args.bias_dtype;
   for (int size = 0; 8 << size <= C::kMaxTokens; ++size)
-    if (auto e = make_tensor_map<Element>(&p.tokens[size], args.a, args.k, args.num_rows, 0, 8 << size)) return e;
-  p.expert_offsets = args.expert_offsets;
-  p.tile_counter = tile_counter;
-  p.out = args.out;
-  p.bias = args.bias;
-  p.a_scale = args.a_scale;
-  p.b_scale = args.b_scale;
-  p.num_rows = args.num_rows;
-  p.num_experts = args.num_experts;
-  p.out_stride = C::kGated ? p.part_rows : args.n;
-  p.k_blocks = (args.k * int(sizeof(Element)) + 127) / 128;
-  p.out_dtype = args.out_dtype;
-  p.bias_dtype = args.bias_dtype;
-  if (gated != nullptr) p.gated = *gated;
-  const int64_t row_tiles = C::kGated ? (p.part_rows + C::kWaveRows - 1) / C::kWaveRows : (p.part_rows + C::kRows - 1) / C::kRows * p.parts;
-  const int64_t tiles = max_token_tiles(args.num_rows, args.num_experts, C::kMaxTokens) * row_tiles;
+    if (auto e = make_tensor_map<Element>(&g.tokens[size], args.a, args.k, args.num_rows, 0, 8 << size)) return e;
+  return make_tensor_map<Element>(&g.weights, args.b, args.k, g.part_rows, int64_t(args.num_experts) * g.parts, C::kWaveRows);
+}
+
+template <class C>
+cudaError_t launch_kernel(const KernelParams& p, int64_t tiles, int num_sms, cudaStream_t stream) {
   if (auto e = cudaFuncSetAttribute(grouped_gemm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes)) return e;
   return launch(grouped_gemm_kernel<C>, dim3(unsigned(tiles < num_sms ? tiles : num_sms)), dim3(C::kThreads), C::kSmemBytes, stream, p);
 }
 
-// One translation unit per element type defines this. rows: choose_tile_rows(), not used when gated.
+template <class C>
+int64_t row_tiles(const GemmParams& g) { return (g.part_rows + C::kRows - 1) / C::kRows * g.parts; }
+
+template <class C>
+cudaError_t launch_plain(const GroupedGemmArgs& args, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
+  KernelParams p{};
+  if (auto e = fill_gemm<C>(p.gemm[0], args)) return e;
+  p.expert_offsets = args.expert_offsets;
+  p.tile_counter = tile_counter;
+  p.num_gemms = 1;
+  p.num_experts = args.num_experts;
+  return launch_kernel<C>(p, max_token_tiles(args.num_rows, args.num_experts, C::kMaxTokens) * row_tiles<C>(p.gemm[0]), num_sms, stream);
+}
+
+// FusedGemms::sync: the tile counter, all_ready, `ready` of each token tile, `arrived` of each token tile and group (split), each from a
+// cache line of its own, so that those who wait do not slow down those who draw.
+constexpr int64_t kCounterLine = 128 / sizeof(int32_t);
+
+template <class C>
+FusedGemmsSizes fused_sizes(const FusedGemms& f) {
+  const int64_t token_tiles = max_token_tiles(f.gemm1.num_rows, f.gemm1.num_experts, C::kMaxTokens);
+  const int64_t arrived = C::kSplit ? token_tiles * ((f.gemm2.k + 127) / 128) : 0;
+  return {2 * kCounterLine + round_up(token_tiles, kCounterLine) + arrived, C::kSplit ? f.gemm1.num_rows * f.gemm1.n : 0};
+}
+
+template <class C>
+cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) {
+  KernelParams p{};
+  if (auto e = fill_gemm<C>(p.gemm[0], f.gemm1)) return e;
+  if (auto e = fill_gemm<C>(p.gemm[1], f.gemm2)) return e;
+  const int64_t token_tiles = max_token_tiles(f.gemm1.num_rows, f.gemm1.num_experts, C::kMaxTokens);
+  const int32_t groups = (f.gemm2.k + 127) / 128;
+  p.expert_offsets = f.gemm1.expert_offsets;
+  p.num_gemms = 2;
+  p.num_experts = f.gemm1.num_experts;
+  p.gate_part = f.gate_part;
+  p.topk_ids = f.topk_ids;
+  p.expert_map = f.expert_map;
+  p.num_slots = int32_t(f.num_slots);
+  p.num_global_experts = f.num_global_experts;
+  p.activation = f.activation;
+  p.tile_counter = f.sync;
+  p.all_ready = f.sync + kCounterLine;
+  p.ready = f.sync + 2 * kCounterLine;
+  p.arrived = p.ready + round_up(token_tiles, kCounterLine);
+  p.ready_count = C::kSplit ? groups : groups * (C::kConsumers / 32);
+  p.act_scale = const_cast<float*>(f.gemm2.a_scale.data);
+  p.act_scale_stride_row = f.gemm2.a_scale.stride_row;
+  p.act_scale_stride_k = f.gemm2.a_scale.stride_k;
+  p.act = f.gemm1.out;
+  if (C::kSplit) {
+    p.gemm[0].out = f.gate_up;
+    p.gemm[0].out_dtype = DType::float32;
+  } else {
+    p.gemm[0].out_stride = p.gemm[0].part_rows;
+  }
+  return launch_kernel<C>(p, token_tiles * (row_tiles<C>(p.gemm[0]) + row_tiles<C>(p.gemm[1])), num_sms, stream);
+}
+
+// num_rows / num_experts is the mean number of tokens per expert (under expert parallelism more than that). Up to 48,
+// hardly any expert has more than 64.
+inline bool few_tokens(const GroupedGemmArgs& args) { return args.num_rows <= 48 * int64_t(args.num_experts); }
+
+// Calls f.operator()<Config>() with the configuration for two fused GEMMs. Split where tiles of 256 weight rows are too few to keep
+// the memory busy (DeepSeek-V3 TP8 at one token has 16 of them in GEMM1, Mixtral 32 in GEMM2) and an expert has few tokens.
+template <class Element, class F>
+auto with_fused_config(const FusedGemms& fused, int num_sms, F&& f) {
+  const GroupedGemmArgs &gemm1 = fused.gemm1, &gemm2 = fused.gemm2;
+  const int64_t hit = std::min<int64_t>(gemm1.num_rows, gemm1.num_experts);  // at most
+  auto tiles = [&](int64_t rows, int64_t tile_rows) { return hit * ((rows + tile_rows - 1) / tile_rows); };
+  if (gemm1.num_rows <= 8 * int64_t(gemm1.num_experts) && std::min(tiles(gemm1.n, 256), tiles(gemm2.n, 256)) < 2 * num_sms)
+    return tiles(gemm1.n, 128) < num_sms / 2 ? f.template operator()<Config<Element, 32, 1, 1, Mode::split>>()
+                                             : f.template operator()<Config<Element, 32, 2, 1, Mode::split>>();
+  if (few_tokens(gemm1)) return f.template operator()<Config<Element, 64, 2, 2, Mode::gated>>();
+  return f.template operator()<Config<Element, 128, 2, 2, Mode::gated>>();
+}
+
+// One translation unit per element type defines these. rows: choose_tile_rows().
 template <class Element>
-cudaError_t launch_element(int32_t rows, const GroupedGemmArgs&, const GatedEpilogue*, int32_t* tile_counter, int num_sms, cudaStream_t);
+cudaError_t launch_element(int32_t rows, const GroupedGemmArgs&, int32_t* tile_counter, int num_sms, cudaStream_t);
+template <class Element>
+cudaError_t launch_fused_element(const FusedGemms&, int num_sms, cudaStream_t);
 
 template <class Element>
-cudaError_t launch_element_impl(int32_t rows, const GroupedGemmArgs& args, const GatedEpilogue* gated, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
-  // num_rows / num_experts is the mean number of tokens per expert (under expert parallelism more than that). Up to 48,
-  // hardly any expert has more than 64.
-  const bool few = args.num_rows <= 48 * int64_t(args.num_experts);
-  if (gated != nullptr)
-    return few ? launch_tiles<Config<Element, 64, 2, 2, true>>(args, gated, tile_counter, num_sms, stream)
-               : launch_tiles<Config<Element, 128, 2, 2, true>>(args, gated, tile_counter, num_sms, stream);
+cudaError_t launch_element_impl(int32_t rows, const GroupedGemmArgs& args, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
   switch (rows) {
-    case 64: return launch_tiles<Config<Element, 64, 1, 1, false>>(args, nullptr, tile_counter, num_sms, stream);
-    case 128: return launch_tiles<Config<Element, 128, 2, 1, false>>(args, nullptr, tile_counter, num_sms, stream);
+    case 64: return launch_plain<Config<Element, 64, 1, 1, Mode::plain>>(args, tile_counter, num_sms, stream);
+    case 128: return launch_plain<Config<Element, 128, 2, 1, Mode::plain>>(args, tile_counter, num_sms, stream);
     default:
-      return few ? launch_tiles<Config<Element, 64, 2, 2, false>>(args, nullptr, tile_counter, num_sms, stream)
-                 : launch_tiles<Config<Element, 128, 2, 2, false>>(args, nullptr, tile_counter, num_sms, stream);
+      return few_tokens(args) ? launch_plain<Config<Element, 64, 2, 2, Mode::plain>>(args, tile_counter, num_sms, stream)
+                              : launch_plain<Config<Element, 128, 2, 2, Mode::plain>>(args, tile_counter, num_sms, stream);
   }
+}
+
+template <class Element>
+cudaError_t launch_fused_element_impl(const FusedGemms& f, int num_sms, cudaStream_t stream) {
+  return with_fused_config<Element>(f, num_sms, [&]<class C>() { return launch_fused<C>(f, num_sms, stream); });
 }
 
 }  // namespace moe::sm90

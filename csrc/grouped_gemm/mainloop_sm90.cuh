@@ -33,17 +33,17 @@ struct Operands {
         tokens(descriptor_low(smem.tokens + (kWide ? warpgroup * 64 * kRowBytes : 0)) + stage * (C::kTokenBytes >> 4)) {}
 };
 
-// float8, narrow: one wgmma sum for each wave and K block; the second wave multiplies while the first is promoted.
+// float8, narrow: one wgmma sum for each wave and K block, in `partial`.
 template <class C, int kTokens>
-__device__ __forceinline__ void multiply_float8(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, int warpgroup,
-                                                float (&total)[C::kWaves * kTokens / 2]) {
-  constexpr int kWave = kTokens / 2, kQuads = kTokens < 16 ? 1 : kTokens / 16;
-  float partial[C::kWaves * kWave];
-  clear(total);
-#pragma unroll 1
-  for (int kb = 0; kb < k_blocks; ++kb, pipe.advance()) {
+struct NarrowFloat8 {
+  static constexpr int kWave = kTokens / 2, kQuads = kTokens < 16 ? 1 : kTokens / 16;
+  using Sum = float[C::kWaves * kWave];
+  const Smem<C>& smem;
+  PipelineState<C::kStages> pipe;  // of the stage to be issued next
+  int warpgroup;
+
+  __device__ void issue(Sum& partial) {
     const Operands<C, false> in(smem, pipe.stage, warpgroup);
-    const uint32_t scales = smem.scales + pipe.stage * (4 * C::kWaves * C::kWaveScales) + (threadIdx.x & 3) * 16;
     smem.full[pipe.stage].wait(pipe.phase);
     fence_registers(partial);
     unrolled<C::kWaves>([&](auto w) {
@@ -54,6 +54,13 @@ __device__ __forceinline__ void multiply_float8(const Smem<C>& smem, PipelineSta
                                                           partial, kk > 0);
       cute::warpgroup_commit_batch();
     });
+    pipe.advance();
+  }
+
+  // total += scale * partial, of a stage; `kAhead` wgmma groups were issued after those of `partial`.
+  template <int kAhead>
+  __device__ void promote(int stage, Sum& partial, Sum& total) {
+    const uint32_t scales = smem.scales + stage * (4 * C::kWaves * C::kWaveScales) + (threadIdx.x & 3) * 16;
     float scale[C::kWaves * kQuads][4];  // loaded while wgmma runs
 #pragma unroll
     for (int q = 0; q < C::kWaves * kQuads; ++q)
@@ -61,14 +68,56 @@ __device__ __forceinline__ void multiply_float8(const Smem<C>& smem, PipelineSta
                    : "=f"(scale[q][0]), "=f"(scale[q][1]), "=f"(scale[q][2]), "=f"(scale[q][3])
                    : "r"(scales + q / kQuads * (4 * C::kWaveScales) + q % kQuads * 64));
     unrolled<C::kWaves>([&](auto w) {
-      cute::warpgroup_wait<C::kWaves - 1 - w>();
+      cute::warpgroup_wait<kAhead + C::kWaves - 1 - w>();
       fence_registers(partial);
 #pragma unroll
       for (int i = 0; i < kWave; ++i)
         total[w * kWave + i] = fmaf(scale[w * kQuads + i / 8][i % 8 / 4 * 2 + i % 2], partial[w * kWave + i], total[w * kWave + i]);
     });
-    release<C>(smem, pipe.stage);
+    release<C>(smem, stage);
   }
+};
+
+// The second wave multiplies while the first is promoted. Up to 32 tokens, where a K block is little work, the next K block
+// is issued before the last one is promoted.
+template <class C, int kTokens>
+__device__ __forceinline__ void multiply_float8(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, int warpgroup,
+                                                float (&total)[C::kWaves * kTokens / 2]) {
+  using Loop = NarrowFloat8<C, kTokens>;
+  Loop loop{smem, pipe, warpgroup};
+  typename Loop::Sum partial;
+  clear(total);
+  if constexpr (kTokens <= 32) {
+    typename Loop::Sum other;
+    auto stage_after = [](int stage) { return stage + 1 == C::kStages ? 0 : stage + 1; };
+    int stage = pipe.stage;
+    loop.issue(partial);
+#pragma unroll 1
+    for (int left = k_blocks - 1;; left -= 2) {  // of `left` blocks nothing is issued; `partial` is in flight
+      if (left == 0) {
+        loop.template promote<0>(stage, partial, total);
+        break;
+      }
+      loop.issue(other);
+      loop.template promote<C::kWaves>(stage, partial, total);
+      stage = stage_after(stage);
+      if (left == 1) {
+        loop.template promote<0>(stage, other, total);
+        break;
+      }
+      loop.issue(partial);
+      loop.template promote<C::kWaves>(stage, other, total);
+      stage = stage_after(stage);
+    }
+  } else {
+#pragma unroll 1
+    for (int kb = 0; kb < k_blocks; ++kb) {
+      const int stage = loop.pipe.stage;
+      loop.issue(partial);
+      loop.template promote<0>(stage, partial, total);
+    }
+  }
+  pipe = loop.pipe;
 }
 
 // float8, wide: registers for one wgmma sum only; the other warpgroup multiplies while this one promotes.

@@ -1,23 +1,52 @@
-// The SM90 grouped GEMM kernel: roles, and the choice of the tile's size.
+// The SM90 grouped GEMM kernel: roles, the choice of the tile's size, and how the two fused GEMMs wait for each other.
 #pragma once
 #include "grouped_gemm/epilogue_wide_sm90.cuh"
+#include "grouped_gemm/producers_sm90.cuh"
+#include "grouped_gemm/split_sm90.cuh"
 
 namespace moe::sm90 {
+
+// Tells GEMM2 that this warp's (gated) or this group's (split) part of a token tile of act is in memory.
+template <class C>
+__device__ __forceinline__ void signal_ready(const KernelParams& p, int32_t token_tile) {
+  fence_async_proxy();  // GEMM2 reads act by TMA
+  fence_gpu();
+  atomicAdd(p.ready + token_tile, 1);
+  if (C::kSplit) atomicAdd(p.all_ready, 1);
+}
 
 template <class C>
 __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
   PipelineState<C::kStages> pipe;
   PipelineState<kTileSlots> slot;
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // uniform: descriptors stay in uniform registers
+  // What decides about loops and descriptors is made uniform, so that the descriptors stay in uniform registers: otherwise ptxas
+  // moves each of them there again before every wgmma (R2UR).
+  auto uniform = [](uint32_t x) { return __shfl_sync(~0u, x, 0); };
+  const int warpgroup = uniform(threadIdx.x / 128);
+  const bool leader = (threadIdx.x & 31) == 0;
+  // Gated: a tile is signalled while the next one multiplies, when the fence no longer has stores to wait for; before
+  // anything that may wait for it in turn, at once.
+  int32_t unsignalled = -1;
+  auto signal = [&] {
+    if (C::kGated && unsignalled >= 0 && leader) signal_ready<C>(p, unsignalled);
+    unsignalled = -1;
+  };
   while (true) {
     const Tile& tile = wait_tile(smem, slot);
+    if (tile.size == 0 || tile.gemm == 1) signal();
+    const uint32_t state = uniform(tile.size | tile.gemm << 8 | pipe.phase << 9 | pipe.stage << 10);
+    const int size = state & 0xff;
+    if (size == 0) return;
+    const GemmParams& g = p.gemm[C::kFused ? state >> 8 & 1 : 0];
+    const int k_blocks = g.k_blocks;
+    pipe = {int(state >> 10), state >> 9 & 1};
     auto narrow = [&]<int kTokens>() {
       float total[C::kWaves * kTokens / 2];
-      multiply<C, kTokens>(smem, pipe, p.k_blocks, warpgroup, total);
-      NarrowEpilogue<C, kTokens>{p, smem, tile, total}.run();
+      multiply<C, kTokens>(smem, pipe, k_blocks, warpgroup, total);
+      signal();
+      NarrowEpilogue<C, kTokens>{p, smem, tile, g, total}.run();
     };
-    switch (tile.size) {
-      case 0: return;
+    switch (size) {
       case 3: narrow.template operator()<8>(); break;
       case 4: narrow.template operator()<16>(); break;
       case 5: narrow.template operator()<32>(); break;
@@ -25,29 +54,39 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
         if constexpr (C::kHas64) narrow.template operator()<64>();
         break;
       default:
-        if constexpr (C::kMaxTokens == 128) {
+        if constexpr (C::kHasWide) {
           float total[C::kWaves * 64];
-          multiply_wide<C>(smem, pipe, p.k_blocks, warpgroup, total);
-          WideEpilogue<C>{p, smem, tile, total}.run();
+          multiply_wide<C>(smem, pipe, k_blocks, warpgroup, total);
+          signal();
+          WideEpilogue<C>{p, smem, tile, g, total}.run();
         }
     }
+    if constexpr (C::kGated)
+      if (tile.gemm == 0) {
+        __syncwarp();  // the stores of all lanes, before the leader's fence
+        unsignalled = tile.token_tile;
+      }
+    if constexpr (C::kSplit)
+      if (tile.gemm == 0 && complete_group(p, smem, tile) && threadIdx.x == 0) signal_ready<C>(p, tile.token_tile);
     release_tile(smem, slot);
   }
 }
 
 // Registers a thread, moved from producers to consumers. The three warpgroups start with 168 each and share exactly that:
 // asking for more waits for ever.
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168);
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) grouped_gemm_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ uint8_t raw[];
   const Smem<C> smem(raw);
+  static_assert(sizeof(CUtensorMap) == 128 && offsetof(GemmParams, tokens) == 128);
+  if (threadIdx.x < 12 && threadIdx.x / 6 < p.num_gemms)
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&p.gemm[threadIdx.x / 6].weights + threadIdx.x % 6) : "memory");
   if (threadIdx.x == 0) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&p.weights) : "memory");
     for (int s = 0; s < C::kStages; ++s) {
-      smem.full[s].init(C::kFloat8 ? 2 : 1);  // the TMA thread, and the scale warp
+      smem.full[s].init(2);  // the weights' thread and the tokens' warp
       smem.empty[s].init(C::kConsumers / 32);
     }
     for (int s = 0; s < kTileSlots; ++s) {
@@ -56,15 +95,21 @@ __global__ void __launch_bounds__(C::kThreads, 1) grouped_gemm_kernel(const __gr
     }
     cutlass::arch::fence_barrier_init();
   }
+  const bool counted = C::kSplit && p.topk_ids != nullptr;
+  if (counted) {
+    count_slots<C>(p, smem);
+    count_tiles<C>(p, smem, true);  // its barriers also publish the mbarriers
+  }
   pdl_wait();
-  count_tiles<C>(p, smem);  // its barriers also publish the mbarriers
+  int32_t first_tile = 0;
+  if (threadIdx.x == C::kConsumers) first_tile = atomicAdd(p.tile_counter, 1);
+  if (!counted) count_tiles<C>(p, smem, false);
   pdl_launch_next();
-  if (threadIdx.x >= C::kConsumers) {
+  const int warp = __shfl_sync(~0u, int(threadIdx.x / kLanes) - C::kConsumers / kLanes, 0);  // uniform, see consume()
+  if (warp >= 0) {
     if constexpr (C::kRebalanceRegisters) cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
-    const int warp = (threadIdx.x - C::kConsumers) / 32;
-    if (warp == 0) load_tiles<C>(p, smem);
-    if constexpr (C::kFloat8)
-      if (warp != 0) load_scales<C>(p, smem, warp - 1);
+    if (warp == 0) load_weights<C>(p, smem, first_tile);
+    else if (warp <= C::kTokenWarps) load_tokens<C>(p, smem, warp - 1);
   } else {
     if constexpr (C::kRebalanceRegisters) cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
     consume<C>(p, smem);

@@ -1,4 +1,4 @@
-// What the SM90 grouped GEMM is made from: tile configurations, kernel parameters, and the tactic (a pure function).
+// What the SM90 grouped GEMM is made from: kernel parameters and the tactic (a pure function).
 #pragma once
 #include <cuda.h>
 
@@ -7,23 +7,42 @@
 
 namespace moe {
 
-// GEMM1 with the activation (and requantisation) in its epilogue. b holds gate and up (b_parts = 2); out is act [num_rows, n / 2].
-struct GatedEpilogue {
-  ActivationParams activation;
-  int32_t gate_part = 0;           // which of the two parts of b is the gate (0: gate_up, 1: up_gate)
-  float* act_scale = nullptr;      // float8 only: 1 x 128 scales of act
-  int64_t scale_stride_row = 0, scale_stride_k = 0;
-};
-
-const char* grouped_gemm_gated_sm90_why_not(const GroupedGemmArgs&);
-bool grouped_gemm_gated_sm90_pays(const GroupedGemmArgs&);  // enough tiles to keep every SM busy
-// `tile_counter` (here and, as workspace, in grouped_gemm_sm90_counted) must be 0; the launch leaves it used up.
-cudaError_t grouped_gemm_gated_sm90(const GroupedGemmArgs&, const GatedEpilogue&, int32_t* tile_counter, cudaStream_t stream);
+// grouped_gemm_sm90 with the caller's tile counter, which must be 0; the launch leaves it used up.
 cudaError_t grouped_gemm_sm90_counted(const GroupedGemmArgs&, int32_t* tile_counter, cudaStream_t stream);
+
+// Both GEMMs of a gated layer in one launch:
+//   act[r] = quantize(activation(a[r] @ w13[e])), out[r] = act[r] @ w2[e]   for rows r of expert e
+// gemm1.out is act [num_rows, n / 2] = gemm2.a, and gemm2.a_scale.data is where its scales (float8) are written and read.
+struct FusedGemms {
+  GroupedGemmArgs gemm1, gemm2;
+  ActivationParams activation;
+  int32_t gate_part = 0;     // which of the two parts of w13 is the gate (0: gate_up, 1: up_gate)
+  float* gate_up = nullptr;  // [num_rows, n] of gemm1, for few rows (see fused_gemms_sm90_sizes)
+  int32_t* sync = nullptr;   // counters: must be 0; the launch leaves them used up
+  // Few slots: what sort_slots sorts, complete before the kernel before this one started; or null. Then this kernel counts them while
+  // that one runs.
+  const int32_t* topk_ids = nullptr;    // [num_slots]
+  const int32_t* expert_map = nullptr;  // [num_global_experts] or null
+  int64_t num_slots = 0;
+  int32_t num_global_experts = 0;
+};
+struct FusedGemmsSizes {
+  int64_t sync = 0;      // int32 counters
+  int64_t gate_up = 0;   // floats, 0 where gate and up meet in one tile
+};
+const char* fused_gemms_sm90_why_not(const GroupedGemmArgs& gemm1, const GroupedGemmArgs& gemm2);
+FusedGemmsSizes fused_gemms_sm90_sizes(const FusedGemms&);  // a pure function of the sizes and dtypes in it
+cudaError_t fused_gemms_sm90(const FusedGemms&, cudaStream_t stream);
 
 namespace sm90 {
 
-// Weight rows of a tile: 64, 128 or 256. Its tokens (8, 16, .. 128) follow each expert's count, on the device.
+// Which tile configuration: weight rows x tokens, and how GEMM1's activation is done when both GEMMs are fused.
+//   plain: one GEMM.   gated: gate and up of 128 channels are one tile; its epilogue is the activation (and requantisation).
+//   split: few rows. Tiles of 64 weight rows, so that more SMs read weights, write float32 gate_up; whoever completes the
+//          last tile of a 128-channel group does its activation.
+enum class Mode { plain, gated, split };
+
+// Weight rows of a plain tile: 64, 128 or 256. Its tokens (8, 16, .. 128) follow each expert's count, on the device.
 int32_t choose_tile_rows(int64_t num_rows, int32_t num_experts, int32_t part_rows, int32_t parts, int32_t num_sms);
 
 // No more token tiles can exist: every expert hit starts one, and `tile_tokens` further rows start another.
@@ -32,18 +51,42 @@ constexpr int64_t max_token_tiles(int64_t num_rows, int32_t num_experts, int32_t
   return hit + (num_rows - hit) / tile_tokens;
 }
 
-struct KernelParams {
+struct GemmParams {
   CUtensorMap weights;             // (k, part_rows, num_experts * parts), box 128 bytes x rows of a wave
   CUtensorMap tokens[5];           // (k, num_rows), box 128 bytes x 8, 16, 32, 64, 128 tokens
-  const int32_t* expert_offsets;
-  int32_t* tile_counter;           // 0 at the start: tiles drawn beyond the first of each thread block
   void* out;
   const void* bias;
   ScaleView a_scale, b_scale;
-  int64_t num_rows;
-  int32_t num_experts, parts, part_rows, out_stride, k_blocks;
+  int32_t parts, part_rows, out_stride, k_blocks;
   DType out_dtype, bias_dtype;
-  GatedEpilogue gated;
+};
+
+struct KernelParams {
+  GemmParams gemm[2];
+  const int32_t* expert_offsets;
+  int32_t* tile_counter;           // 0 at the start: tiles drawn
+  int32_t num_gemms, num_experts;
+  // The rest is for two fused GEMMs.
+  const int32_t* topk_ids;         // split: of few slots; or null
+  const int32_t* expert_map;
+  int32_t num_slots, num_global_experts;
+  int32_t gate_part;
+  int32_t* ready;                  // [token tiles] 0 at the start: parts of act that are complete
+  int32_t ready_count;             // what makes a token tile of act complete
+  int32_t* all_ready;              // split: [1] 0 at the start: the sum of ready
+  int32_t* arrived;                // split: [token tiles, groups] 0 at the start: tiles of gate_up that are complete
+  float* act_scale;                // float8 only: 1 x 128 scales of act
+  int64_t act_scale_stride_row, act_scale_stride_k;
+  void* act;                       // split: [num_rows, part_rows of GEMM1]
+  ActivationParams activation;
+
+#ifdef __CUDACC__
+  __device__ int local_expert(int slot) const {  // -1: none
+    int expert = topk_ids[slot];
+    if (expert_map != nullptr) expert = expert >= 0 && expert < num_global_experts ? expert_map[expert] : -1;
+    return expert >= 0 && expert < num_experts ? expert : -1;
+  }
+#endif
 };
 
 }  // namespace sm90

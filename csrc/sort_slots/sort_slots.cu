@@ -45,16 +45,6 @@ size_t shared_bytes(int num_experts) {
   return padded_experts(num_experts) * (kWarps * sizeof(uint16_t) + sizeof(int32_t));
 }
 
-// Local expert of a slot, -1: absent, -2: id out of range.
-__device__ __forceinline__ int expert_of(const SortSlotsArgs& args, int64_t slot) {
-  const int id = args.topk_ids[slot];
-  if (id == -1) return -1;
-  if (args.expert_map == nullptr) return id >= 0 && id < args.num_experts ? id : -2;
-  if (id < 0 || id >= args.num_global_experts) return -2;
-  const int expert = args.expert_map[id];
-  return expert >= -1 && expert < args.num_experts ? expert : -2;
-}
-
 // The run of slots that belongs to this warp, in batches of 32: visit(slot, expert, lanes with the same expert).
 // Past the end of the run, slot is -1 and expert -1.
 template <typename Visit>
@@ -183,8 +173,8 @@ __global__ void __launch_bounds__(kThreads)
     if (2 * i < args.num_experts) args.expert_offsets[2 * i] = offset;
     if (2 * i + 1 < args.num_experts) args.expert_offsets[2 * i + 1] = offset + rows_x;
     if (i == kThreads - 1) args.expert_offsets[args.num_experts] = offset + rows_x + rows_y;
-    if (i < args.num_cleared) args.cleared[i] = 0;
   }
+  for (int64_t j = blockIdx.x * kThreads + i; j < args.num_cleared; j += gridDim.x * kThreads) args.cleared[j] = 0;
   __syncthreads();  // first_row, every warp's counts and row_to_slot = -1 are complete
   uint16_t* mine = counts + warp * experts;
   for_each_batch(args, tile_size, [&](int64_t slot, int expert, unsigned peers) {

@@ -22,8 +22,20 @@ struct SortSlotsArgs {
   int32_t* slot_to_row = nullptr;     // [num_slots]; -1: absent, -2: id out of range
   int32_t* row_to_slot = nullptr;     // [num_rows]; -1: padding; or null: not wanted
   int32_t* cleared = nullptr;         // [num_cleared] or null: set to 0 for the kernels that follow
-  int32_t num_cleared = 0;
+  int64_t num_cleared = 0;
 };
+
+#ifdef __CUDACC__
+// Local expert of a slot, -1: absent, -2: id out of range.
+__device__ __forceinline__ int expert_of(const SortSlotsArgs& args, int64_t slot) {
+  const int id = args.topk_ids[slot];
+  if (id == -1) return -1;
+  if (args.expert_map == nullptr) return id >= 0 && id < args.num_experts ? id : -2;
+  if (id < 0 || id >= args.num_global_experts) return -2;
+  const int expert = args.expert_map[id];
+  return expert >= -1 && expert < args.num_experts ? expert : -2;
+}
+#endif
 
 // Bytes of device memory that `sort_slots` needs: a pure function of sizes, 0 for few slots.
 size_t sort_slots_workspace_bytes(int64_t num_slots, int32_t num_experts);

@@ -1,0 +1,215 @@
+// The producer warps of the SM90 grouped GEMM.
+#pragma once
+#include "grouped_gemm/kernel_sm90.cuh"
+
+namespace moe::sm90 {
+
+__device__ __forceinline__ void tma_load(uint32_t smem, const CUtensorMap* map, Barrier& barrier, int32_t c0, int32_t c1) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(smem), "l"(map),
+               "r"(cute::cast_smem_ptr_to_uint(&barrier)), "r"(c0), "r"(c1) : "memory");
+}
+__device__ __forceinline__ void tma_load(uint32_t smem, const CUtensorMap* map, Barrier& barrier, int32_t c0, int32_t c1, int32_t c2) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(smem), "l"(map),
+               "r"(cute::cast_smem_ptr_to_uint(&barrier)), "r"(c0), "r"(c1), "r"(c2) : "memory");
+}
+
+// The scales of the weights of wave w of a tile, one a K block.
+template <class C>
+__device__ __forceinline__ const float* weight_scales(const KernelParams& p, const Tile& tile, int w) {
+  const GemmParams& g = p.gemm[tile.gemm];
+  const int32_t blocks_per_part = (g.part_rows + 127) / 128;
+  int32_t part, row;
+  wave_origin<C>(p, tile, w, part, row);
+  const int32_t block = part * blocks_per_part + min(row / 128, blocks_per_part - 1);
+  return g.b_scale.data + tile.expert * g.b_scale.stride_group + block * g.b_scale.stride_row;
+}
+
+template <class C>
+constexpr int kBlockK = 128 / int(sizeof(typename C::Element));
+
+__device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+// Warp 0: draws tiles, tells the other warps, and fills the stages with weights. The next tile is drawn before the current
+// one is loaded, so the counter's latency is hidden. `drawn` is lane 0's first tile. Split: GEMM2's tiles, small and many, are
+// dealt out instead (nobody waits for them), neighbours to one thread block: finding a tile is more work than loading it.
+template <class C>
+__device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t drawn) {
+  TileFinder<C> finder(p, smem);
+  PipelineState<C::kStages> pipe;
+  PipelineState<kTileSlots> slot;
+  const bool leader = (threadIdx.x & 31) == 0;
+  const int32_t gemm1_tiles = finder.end;
+  int32_t dealt = -1, dealt_end = 0;
+  Tile tile;
+  while (true) {
+    if (int32_t index = __shfl_sync(~0u, drawn, 0); !C::kSplit || index < gemm1_tiles) {
+      tile = finder.find(index);
+      if (leader && tile.size != 0) {
+        drawn = atomicAdd(p.tile_counter, 1);
+        tile.act_ready = C::kGated && tile.gemm == 1 && load_acquire(p.ready + tile.token_tile) >= p.ready_count;
+      }
+    } else {
+      if (dealt < 0) {
+        finder.start_next();
+        const int64_t tiles = finder.end - finder.begin;
+        dealt = int32_t(tiles * blockIdx.x / gridDim.x);
+        dealt_end = int32_t(tiles * (blockIdx.x + 1) / gridDim.x);
+        tile = finder.find(dealt < dealt_end ? finder.begin + dealt : finder.end);
+      } else if (dealt >= dealt_end) {
+        tile.size = 0;
+      } else if (!finder.advance_rows(tile)) {
+        tile = finder.find(finder.begin + dealt);
+      }
+      ++dealt;
+    }
+    smem.tile_empty[slot.stage].wait(slot.phase ^ 1);
+    if (leader) {
+      smem.tiles[slot.stage] = tile;
+      smem.tile_full[slot.stage].arrive();
+    }
+    slot.advance();
+    if (tile.size == 0) return;
+    const GemmParams& g = p.gemm[tile.gemm];
+    if constexpr (C::kFloat8)  // to L2, long before the token warps read them
+      for (int w = 0; w < C::kWaves; ++w)
+        for (int kb = threadIdx.x & 31; kb < g.k_blocks; kb += kLanes)
+          asm volatile("prefetch.global.L2 [%0];" ::"l"(weight_scales<C>(p, tile, w) + kb * g.b_scale.stride_k));
+    // By one lane: others that wait for the next stage would hold it up, waiting being an instruction of the whole warp.
+    PipelineState<C::kStages> next = pipe;
+    for (int kb = 0; leader && kb < g.k_blocks; ++kb, next.advance()) {
+      smem.empty[next.stage].wait(next.phase ^ 1);
+      Barrier& full = smem.full[next.stage];
+      full.arrive_and_expect_tx(C::kWeightBytes);
+      for (int w = 0; w < C::kWaves; ++w) {
+        int32_t part, row;
+        wave_origin<C>(p, tile, w, part, row);
+        tma_load(smem.weights + next.stage * C::kWeightBytes + w * C::kWaveRows * 128, &g.weights, full, kb * kBlockK<C>, row,
+                 tile.expert * g.parts + part);
+      }
+    }
+    pipe = next;  // of the leader: nobody else looks at it
+    __syncwarp();
+  }
+}
+
+// Warps 1 to kTokenWarps: the tokens of a stage and, for float8, a_scale * b_scale of each (wave, token); the products leave
+// the consumers one FMA per value. The K blocks are dealt out in turn, and scales are loaded kAhead of a warp's own blocks ahead.
+template <class C>
+struct TokenLoader {
+  static constexpr int kRowsPerLane = C::kMaxTokens / kLanes, kAhead = 128 / C::kMaxTokens;
+  struct Scales {
+    float a[kRowsPerLane], b[C::kWaves];
+  };
+  const KernelParams& p;
+  const Smem<C>& smem;
+  const int lane = threadIdx.x & 31;
+  Tile tile;
+  bool all_ready = false;  // lane 0: all of act is
+  const float* a_scale;
+  const float* b_scale[C::kWaves];
+
+  // Returns once act of the tile's tokens is in memory, for TMA and for loads that do not look in L1.
+  __device__ void wait_for_act() {
+    if (lane == 0) {
+      while (!tile.act_ready && !all_ready) {
+        const int32_t count = load_acquire(p.ready + tile.token_tile);
+        if (C::kSplit) all_ready = load_acquire(p.all_ready) == smem.tile_begin[p.num_experts] * p.ready_count;
+        if (count >= p.ready_count) break;
+        __nanosleep(32);
+      }
+      fence_async_proxy();
+    }
+    __syncwarp();
+  }
+
+  __device__ void start_tile() {
+    if (C::kFused && tile.gemm == 1) wait_for_act();
+    if constexpr (C::kFloat8) {
+      const GemmParams& g = p.gemm[tile.gemm];
+#pragma unroll
+      for (int w = 0; w < C::kWaves; ++w) b_scale[w] = weight_scales<C>(p, tile, w);
+      a_scale = g.a_scale.data + int64_t(tile.token + lane) * g.a_scale.stride_row;
+    }
+  }
+
+  __device__ Scales load_scales(int kb) const {
+    const GemmParams& g = p.gemm[tile.gemm];
+    Scales s;
+#pragma unroll
+    for (int i = 0; i < kRowsPerLane; ++i) {
+      const float* address = a_scale + kb * g.a_scale.stride_k + kLanes * i * g.a_scale.stride_row;
+      const bool exists = lane + kLanes * i < tile.valid_tokens;
+      if (C::kFused && tile.gemm == 1) s.a[i] = exists ? __ldcg(address) : 0.f;  // written by this launch: not from L1
+      else s.a[i] = exists ? __ldg(address) : 0.f;
+    }
+#pragma unroll
+    for (int w = 0; w < C::kWaves; ++w) s.b[w] = __ldg(b_scale[w] + kb * g.b_scale.stride_k);
+    return s;
+  }
+
+  __device__ void fill(int stage, int kb, const Scales& s) const {
+    Barrier& full = smem.full[stage];
+    if (lane == 0) {
+      asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(cute::cast_smem_ptr_to_uint(&full)), "r"(128 << tile.size) : "memory");
+      tma_load(smem.tokens + stage * C::kTokenBytes, &p.gemm[tile.gemm].tokens[tile.size - 3], full, kb * kBlockK<C>, tile.token);
+    }
+    if constexpr (C::kFloat8) {
+      const uint32_t scales = smem.scales + stage * (4 * C::kWaves * C::kWaveScales);
+#pragma unroll
+      for (int i = 0; i < kRowsPerLane; ++i) {
+        const int token = lane + kLanes * i;
+        if (token < (1 << tile.size)) {
+#pragma unroll
+          for (int w = 0; w < C::kWaves; ++w)
+            asm volatile("st.shared.f32 [%0], %1;" ::"r"(scales + 4 * (w * C::kWaveScales + scale_index(token))), "f"(__fmul_rn(s.a[i], s.b[w])) : "memory");
+        }
+      }
+    }
+    __syncwarp();
+    if (lane == 0) full.arrive();
+  }
+};
+
+template <class C>
+__device__ void load_tokens(const KernelParams& p, const Smem<C>& smem, int first) {
+  using Loader = TokenLoader<C>;
+  PipelineState<C::kStages> pipe;
+  pipe.advance(first);
+  PipelineState<kTileSlots> slot;
+  Loader loader{p, smem};
+  while (true) {
+    loader.tile = wait_tile(smem, slot);
+    release_tile(smem, slot);  // copied
+    if (loader.tile.size == 0) return;
+    const int k_blocks = p.gemm[loader.tile.gemm].k_blocks;
+    if (first < k_blocks) {  // `first` is this warp's first K block of the tile
+      loader.start_tile();
+      typename Loader::Scales scales[Loader::kAhead];
+      if constexpr (C::kFloat8)
+#pragma unroll
+        for (int i = 0; i < Loader::kAhead; ++i)
+          if (first + i * C::kTokenWarps < k_blocks) scales[i] = loader.load_scales(first + i * C::kTokenWarps);
+      while (first < k_blocks) {
+#pragma unroll
+        for (int i = 0; i < Loader::kAhead; ++i) {
+          if (first >= k_blocks) break;
+          smem.empty[pipe.stage].wait(pipe.phase ^ 1);
+          loader.fill(pipe.stage, first, scales[i]);
+          if constexpr (C::kFloat8) {
+            const int ahead = first + Loader::kAhead * C::kTokenWarps;
+            if (ahead < k_blocks) scales[i] = loader.load_scales(ahead);
+          }
+          first += C::kTokenWarps;
+          pipe.advance(C::kTokenWarps);
+        }
+      }
+    }
+    first -= k_blocks;
+  }
+}
+
+}  // namespace moe::sm90
