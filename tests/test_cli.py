@@ -1,15 +1,19 @@
 """python -m torch_moe_ops: what it prints, what it returns, and that it can tell right from wrong."""
 
+import itertools
 import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 
 from torch_moe_ops.cli import _layer, bench, demo, main
-from torch_moe_ops.cli.bench import compare, measure, results
+from torch_moe_ops.cli.bench import compare, host, measure, results, stages
 
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 
@@ -128,12 +132,86 @@ def test_tiny_bench_writes_every_point(capsys, tmp_path):
     header, points = results.read_results(path)
     assert status == 0
     assert set(header) == {"commit", "gpu", "driver", "torch", "triton", "date"} and header["commit"] == "abc"
-    stages = ["topk", "sort_slots", "permute", "grouped_gemm_w13", "act_mul", "grouped_gemm_w2", "finalize"]
-    assert [point["what"] for point in points] == ["fused_moe", *stages]
+    names = ["topk", "sort_slots", "permute", "grouped_gemm_w13", "act_mul", "grouped_gemm_w2", "finalize"]
+    assert [point["what"] for point in points] == ["fused_moe", *names]
     for point in points:
         assert point["case"] == "tiny" and point["format"] == "fp8_block" and point["tokens"] == 1
+        assert point["routing"] == "uniform"
         assert point["ok"] and point["us"] > 0 and point["backend"] and 0 < point["err"] < 0.08
         assert point["what"] in out
+
+
+def test_gemm_times_the_two_gemms_only(capsys, monkeypatch, tmp_path):
+    timed = []
+
+    def time_calls(call, inputs):
+        timed.append(call.__name__)
+        return 1.0, 1.0, [call(*i) for i in inputs]
+
+    monkeypatch.setattr(stages, "time_calls", time_calls)
+    path = tmp_path / "points.jsonl"
+    argv = ("bench", "--tiny", "--formats", "fp8_block,bf16", "--tokens", "8", "--gemm", "--json", str(path))
+    assert run(capsys, *argv)[0] == 0
+    points = results.read_results(path)[1]
+    assert timed == 2 * ["grouped_gemm_w13", "grouped_gemm_w2"]
+    assert [point["what"] for point in points] == 2 * ["fused_moe", *timed[:2]]
+    assert all(point["ok"] for point in points)
+    hidden, intermediate = _layer.TINY.hidden_size, _layer.TINY.intermediate_size
+    for point, n, k in ((points[1], 2 * intermediate, hidden), (points[2], hidden, intermediate)):
+        assert point["us"] == 1.0 and point["tflops"] == round(2 * point["slots"] * n * k / 1e6, 2)
+
+
+def test_zipf_bench_says_so(capsys, tmp_path):
+    path = tmp_path / "points.jsonl"
+    argv = ("bench", "--tiny", "--formats", "bf16", "--tokens", "8", "--routing", "zipf", "--gemm", "--json", str(path))
+    status, out, _ = run(capsys, *argv)
+    points = results.read_results(path)[1]
+    assert status == 0 and len(points) == 3 and out.count(" zipf ") == 3
+    assert all(point["routing"] == "zipf" and point["ok"] for point in points)
+
+
+@CPU_ONLY
+def test_host_needs_a_gpu(capsys, tmp_path):
+    path = tmp_path / "points.jsonl"
+    argv = ("bench", "--tiny", "--formats", "bf16", "--tokens", "1,8", "--host", "--json", str(path))
+    status, _, err = run(capsys, *argv)
+    assert status == 0 and [point["what"] for point in results.read_results(path)[1]] == 2 * ["fused_moe"]
+    assert_expected_inline(err, """bench: --host: expected a CUDA GPU, got none (no host time is measured)\n""")
+
+
+def test_host_call_is_the_median_of_batches(monkeypatch):
+    """A clock that only the test moves: a batch costs 1 us a call, the first one and every fifth 100 us."""
+    now, calls, waits = 0.0, 0, 0
+
+    def call(*inputs):
+        nonlocal now, calls
+        slow = calls // host.BATCH_CALLS % 5 == 0
+        now, calls = now + (1e-4 if slow else 1e-6), calls + 1
+
+    def synchronize():
+        nonlocal now, waits
+        now, waits = now + 1.0, waits + 1
+
+    monkeypatch.setattr(host, "fused_moe_call", lambda experts, backend: call)
+    monkeypatch.setattr(host.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    experts = _layer.make_experts(_layer.TINY, "bf16", device="cpu")
+    point = host.measure_host_call(_layer.TINY, experts, 8, None, "zipf")
+    assert (point.what, point.tokens, point.routing, point.ok) == ("host_call", 8, "zipf", True)
+    assert point.us == pytest.approx(1.0) and point.us_min == pytest.approx(1.0)
+    assert calls == host.BATCH_CALLS * (1 + host.BATCHES) and waits == 2 + host.BATCHES
+    assert str(point).split()[5:] == ["1.0", "-", "-", "-", "-", point.backend]
+    assert point.record()["tbps"] is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_host_call_on_a_gpu(capsys, tmp_path):
+    path = tmp_path / "points.jsonl"
+    argv = ("bench", "--tiny", "--formats", "bf16", "--tokens", "8", "--host", "--json", str(path))
+    assert run(capsys, *argv)[0] == 0
+    point = results.read_results(path)[1][-1]
+    assert point["what"] == "host_call" and point["ok"] and 1 < point["us_min"] <= point["us"] < 5000
 
 
 def test_bench_notices_wrong_and_failed_points(capsys, monkeypatch, tmp_path):
@@ -169,12 +247,19 @@ def test_cases_and_inputs():
         "qwen235b_tp4": (128, 128, 4096, 384, 8),
         "mixtral": (8, 8, 4096, 14336, 2),
         "gptoss": (128, 128, 2880, 2880, 4),
+        "dsv2": (160, 160, 5120, 1536, 6),
+        "e16_top1": (16, 16, 6144, 2560, 1),
+        "kimi_k2_ep8": (48, 384, 7168, 2048, 8),
+        "dsv4pro_ep8": (48, 384, 7168, 3072, 6),
     }
+    assert list(sizes) == [*bench.case_names("default"), *bench.case_names("untuned")] == bench.case_names("all")
+    assert len(bench.case_names("default")) == 6
+    assert bench.case_names("mixtral,untuned,dsv2,mixtral") == ["mixtral", *bench.case_names("untuned")]
     assert measure.GRAPH_CALLS == {1: 8, 8: 8, 32: 4, 128: 4, 512: 2, 2048: 2, 8192: 1} and len(bench.TOKENS) == 7
     case = _layer.Case("rank", 4, 64, 128, 64, 4)
     generator = torch.Generator().manual_seed(0)
-    for index in range(8):
-        hidden_states, topk_weights, topk_ids = _layer.make_inputs(case, 50, generator, index)
+    for routing, index in itertools.product(_layer.ROUTINGS, range(8)):
+        hidden_states, topk_weights, topk_ids = _layer.make_inputs(case, 50, generator, index, routing=routing)
         assert (topk_ids[0] == (5 * index + 3) % 4).any()
         assert topk_ids.min() == -1 and topk_ids.max() < 4
         assert all(len(set(ids)) == len(ids) for ids in ([i for i in row if i >= 0] for row in topk_ids.tolist()))
@@ -183,6 +268,33 @@ def test_cases_and_inputs():
         [(None, None, torch.tensor([[0, 1], [1, -1]])), (None, None, torch.tensor([[2, -1]]))]
     )
     assert (hit, slots) == (1.5, 2.0)
+
+
+def test_zipf_draws_without_replacement():
+    """First and second expert of 100000 tokens against the probabilities p[i] and p[i] p[j] / (1 - p[i])."""
+    num_tokens, num_experts = 100_000, 8
+    case = _layer.Case("zipf", num_experts, num_experts, 1, 1, 2)
+    orders = []
+    for index in range(2):
+        generator = torch.Generator().manual_seed(7)
+        first, second = _layer.make_inputs(case, num_tokens, generator, index, routing="zipf")[2].long().unbind(1)
+        counts = torch.bincount(first * num_experts + second, minlength=num_experts**2).view(num_experts, num_experts)
+        order = counts.sum(dim=1).argsort(descending=True)
+        orders.append(order.tolist())
+        p = 1 / torch.arange(1.0, num_experts + 1)
+        p /= p.sum()
+        pairs = (p[:, None] * p / (1 - p[:, None])).fill_diagonal_(0)
+        deviation = 5 * (num_tokens * pairs * (1 - pairs)).sqrt()  # of 112 tails: one seed in 10000 fails
+        assert ((counts[order][:, order] - num_tokens * pairs).abs() <= deviation).all()
+    assert orders[0] != orders[1]  # each call has popular experts of its own
+
+
+def test_zipf_gives_a_rank_its_share():
+    """The first call, the only one at 8192 tokens: 1/8 of the slots to one rank of 8, within 15 %."""
+    for name in ("dsv3_ep8", "kimi_k2_ep8", "dsv4pro_ep8"):
+        case = replace(_layer.CASES[name], hidden_size=1, intermediate_size=1)
+        topk_ids = _layer.make_inputs(case, 8192, torch.Generator().manual_seed(0), routing="zipf")[2]
+        assert 0.85 / 8 < (topk_ids >= 0).float().mean() < 1.15 / 8
 
 
 def test_floor(monkeypatch):
@@ -227,16 +339,50 @@ def test_compare(capsys, tmp_path):
     assert status == 0
     table = [json.loads(line) for line in (tmp_path / "table.jsonl").read_text().splitlines()]
     assert [(row["tokens"], row["best"], row["speedup"]) for row in table] == [(1, "second", 2.0), (8, "second", 0.5)]
-    assert "geometric mean of 2 speedups: 1.000" in out
-    assert f"not in {ours}: c bf16 1" in out
+    assert "fused_moe, uniform routing: geometric mean of 2 speedups: 1.000" in out
+    assert f"not in {ours}: c bf16 1 uniform fused_moe" in out
     assert compare.geomean([2.0, 8.0]) == pytest.approx(4.0)
     assert run(capsys, "bench", "compare", ours, "--baseline", write(tmp_path / "none.jsonl", "none"))[0] == 1
 
 
+def test_compare_sets_like_beside_like():
+    """Old files hold no routing: theirs is uniform. Stages and routings are never mixed with one another."""
+    point = dict(case="a", format="bf16", tokens=1, us=10.0, ok=True)
+    zipf, gemm = point | {"routing": "zipf", "us": 6.0}, point | {"what": "grouped_gemm_w13", "us": 4.0}
+    old = [peer | {"peer": "old"} for peer in (point | {"us": 20.0}, gemm | {"us": 2.0})]
+    ours = [point | {"routing": "uniform", "what": "fused_moe"}, zipf, gemm | {"routing": "uniform"}]
+    assert [(row.what, row.routing, row.speedup) for row in compare.compare(ours, old)] == [
+        ("fused_moe", "uniform", 2.0),
+        ("grouped_gemm_w13", "uniform", 0.5),
+    ]
+    assert compare.compare([zipf], old) == []
+    assert compare.missing(ours[:1], old) == []  # nobody timed the GEMMs here
+    other = [old[0] | {"case": "b"}, old[1] | {"case": "b"}]
+    assert [(key.case, key.what) for key in compare.missing(ours[:1], other)] == [("b", "fused_moe")]
+
+
+def test_peers_of_the_gemms():
+    """Every GEMM of the peers' file is one that `bench --gemm` times, of the layouts DeepGEMM has."""
+    path = Path(__file__).parents[1] / "benchmarks" / "peers_h200.jsonl"
+    gemms = [point for point in results.read_results(path)[1] if point["what"] != "fused_moe"]
+    assert {point["what"] for point in gemms} == set(stages.GEMMS) and len(gemms) == 196
+    assert {point["peer"] for point in gemms} == {"DeepGEMM contiguous", "DeepGEMM masked"}
+    for point in gemms:
+        case = _layer.CASES[point["case"]]
+        weight = case.hidden_size * case.intermediate_size * (2 if point["what"] == "grouped_gemm_w13" else 1)
+        slots = point["tflops"] * point["us"] * 1e6 / (2 * weight)
+        expected = point["tokens"] * case.top_k * case.num_experts / case.num_router_experts
+        assert point["format"] in ("bf16", "fp8_block") and point["ok"]
+        if point["tokens"] >= 512:  # fewer are too uneven over the ranks, or rounded away
+            assert slots == pytest.approx(expected, rel=0.1)
+
+
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
+    kinds = (("bf16", "uniform"), ("int8", "uniform"), ("int8", "zipf"))
     rows = [
-        compare.Comparison("a", format, n, 1.0, 2.0, "peer", 2.0, None) for format in ("bf16", "int8") for n in (1, 8)
+        compare.Comparison("a", format, n, routing, "fused_moe", 1.0, 2.0, "peer", 2.0, None)
+        for (format, routing), n in itertools.product(kinds, (1, 8))
     ]
     compare.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000

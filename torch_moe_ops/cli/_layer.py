@@ -54,8 +54,21 @@ CASES: dict[str, Case] = {
         Case("qwen235b_tp4", 128, 128, 4096, 384, 8),
         Case("mixtral", 8, 8, 4096, 14336, 2),
         Case("gptoss", 128, 128, 2880, 2880, 4),
+        Case("dsv2", 160, 160, 5120, 1536, 6),
+        Case("e16_top1", 16, 16, 6144, 2560, 1),
+        Case("kimi_k2_ep8", 48, 384, 7168, 2048, 8),
+        Case("dsv4pro_ep8", 48, 384, 7168, 3072, 6),
     )
 }
+CASE_GROUPS: dict[str, tuple[str, ...]] = {
+    "default": ("dsv3_ep8", "dsv3_tp8", "qwen30b", "qwen235b_tp4", "mixtral", "gptoss"),
+    "untuned": ("dsv2", "e16_top1", "kimi_k2_ep8", "dsv4pro_ep8"),
+    "all": tuple(CASES),
+}
+ROUTINGS = ("uniform", "zipf")
+# With the rankings from this seed on, a rank of the expert-parallel cases gets 0.115 to 0.135 of the slots, about its
+# 1/8, in the first call and in the first 2, 4 and 8 together; with other seeds it gets 0.06 to 0.24 in the first call.
+ZIPF_SEED = 1144
 TINY = Case("tiny", 4, 8, 256, 192, 2)
 
 
@@ -89,21 +102,37 @@ def _random_weight(count: int, n: int, k: int, generator: torch.Generator) -> Te
 
 
 def make_inputs(
-    case: Case, num_tokens: int, generator: torch.Generator, index: int = 0, dtype: torch.dtype = torch.bfloat16
+    case: Case,
+    num_tokens: int,
+    generator: torch.Generator,
+    index: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    routing: str = "uniform",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden_states [T, H], topk_weights f32 [T, K], topk_ids i32 [T, K] with -1 for experts of other ranks.
 
-    Distinct experts, uniformly at random; token 0 always has a local one, another one for another `index`.
+    Distinct experts, at random as `routing` says; token 0 always has a local one, another one for another `index`.
     """
     device = generator.device
     hidden_states = torch.randn(num_tokens, case.hidden_size, device=device, generator=generator).to(dtype)
     score = torch.rand(num_tokens, case.num_router_experts, device=device, generator=generator)
+    if routing == "zipf":
+        # The largest K of log(p) + Gumbel noise are K draws without replacement, each in proportion to p.
+        score = zipf(case.num_router_experts, index).to(device).log() - score.log().neg_().log_()
     if num_tokens and case.num_experts < case.num_router_experts:
-        score[0, (5 * index + 3) % case.num_experts] = 2.0
+        score[0, (5 * index + 3) % case.num_experts] = math.inf
     topk_ids = score.topk(case.top_k, dim=1).indices.int()
     topk_ids = torch.where(topk_ids < case.num_experts, topk_ids, -1)
     logits = torch.randn(num_tokens, case.top_k, device=device, generator=generator)
     return hidden_states, logits.softmax(dim=1), topk_ids
+
+
+def zipf(num_experts: int, index: int) -> Tensor:
+    """How often each expert is drawn, [E] on the CPU: in proportion to 1 / rank.
+
+    Every `index` ranks the experts anew, as another layer would; the ranks are the same on every device.
+    """
+    return 1 / (1 + torch.randperm(num_experts, generator=torch.Generator().manual_seed(ZIPF_SEED + index)))
 
 
 def input_dtype(experts: Experts) -> torch.dtype:

@@ -1,8 +1,9 @@
-"""Time fused_moe, and with --stages each of its stages, on a GPU; `bench compare` sets result files side by side.
+"""Time fused_moe, and if asked its stages and its host time, on a GPU; `bench compare` sets result files side by side.
 
-A point (case, format, tokens) is the median of CUDA-graph replays. One graph holds several calls on inputs with
-different routings, so that small weights do not stay in the L2 cache. Every point is checked in the same run, after its
-replays, on 48 tokens against a float32 loop over the dequantised weights. Exit status 1: a point is wrong or failed.
+A point (case, format, tokens, routing) is the median of CUDA-graph replays. One graph holds several calls on inputs
+with different routings, so that small weights do not stay in the L2 cache. Every point is checked in the same run,
+after its replays, on 48 tokens against a float32 loop over the dequantised weights. Exit status 1: a point is wrong or
+failed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -20,19 +21,28 @@ from ...experts import Experts
 from ...formats import FORMATS
 from .. import _layer
 from . import compare
+from .host import measure_host_call
 from .measure import GRAPH_CALLS, Point, measure_fused_moe
 from .results import ResultFile, environment
-from .stages import measure_stages
+from .stages import GEMMS, measure_stages
 
 TOKENS = tuple(GRAPH_CALLS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cases", type=names_of(_layer.CASES), default=list(_layer.CASES), help="default: all")
+    parser.add_argument(
+        "--cases",
+        type=case_names,
+        default=list(_layer.CASE_GROUPS["default"]),
+        help=f"names of cases or groups ({','.join(_layer.CASE_GROUPS)})",
+    )
     parser.add_argument("--formats", type=names_of(FORMATS), default=["bf16", "fp8_block"], help="bf16,fp8_block")
     parser.add_argument("--act-format", default="", choices=FORMATS, help="of the activations (default: the weights')")
     parser.add_argument("--tokens", type=numbers, default=TOKENS, help=",".join(map(str, TOKENS)))
+    parser.add_argument("--routing", choices=_layer.ROUTINGS, default="uniform", help="how often each expert is drawn")
     parser.add_argument("--stages", action="store_true", help="time each stage op as well")
+    parser.add_argument("--gemm", action="store_true", help="of the stages time the two grouped GEMMs only")
+    parser.add_argument("--host", action="store_true", help="measure the host time of an eager call as well")
     parser.add_argument(
         "--backend", choices=CANDIDATES["fused_moe"], help="force an overload (default: the chosen one)"
     )
@@ -46,8 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_parser(reports)
 
 
-def names_of(choices: dict[str, object]) -> Callable[[str], list[str]]:
-    """An argparse type: a comma-separated list of keys of `choices`."""
+def case_names(text: str) -> list[str]:
+    """An argparse type: a comma-separated list of cases and groups of cases -> the cases, each once."""
+    names = names_of([*_layer.CASES, *_layer.CASE_GROUPS])(text)
+    return list(dict.fromkeys(case for name in names for case in _layer.CASE_GROUPS.get(name, (name,))))
+
+
+def names_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
+    """An argparse type: a comma-separated list of some of `choices`."""
 
     def parse(text: str) -> list[str]:
         names = [name for name in text.split(",") if name]
@@ -74,6 +90,8 @@ def main(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = [_layer.TINY] if args.tiny else [_layer.CASES[name] for name in args.cases]
     tokens = [n for n in args.tokens if n <= 128] if args.tiny else args.tokens
+    if args.host and device == "cpu":
+        print("bench: --host: expected a CUDA GPU, got none (no host time is measured)", file=sys.stderr)
     started = time.monotonic()
     bad = skipped = 0
     with ResultFile(args.json, environment(args.commit)) as results, torch.no_grad():
@@ -100,7 +118,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def points_at(args: argparse.Namespace, case: _layer.Case, experts: Experts, num_tokens: int) -> list[Point]:
-    points = [measure_fused_moe(case, experts, num_tokens, args.backend)]
-    if args.stages and points[0].ok:
-        points += measure_stages(case, experts, num_tokens, args.backend)
+    what = (case, experts, num_tokens, args.backend, args.routing)
+    points = [measure_fused_moe(*what)]
+    if not points[0].ok:
+        return points
+    if args.stages or args.gemm:
+        points += measure_stages(*what, timed=None if args.stages else GEMMS)
+    if args.host and experts.w13.is_cuda:
+        points.append(measure_host_call(*what))
     return points

@@ -8,8 +8,23 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-Key = tuple[str, str, int]  # case, format, tokens
+
+class Key(NamedTuple):
+    """What two points must share to be compared."""
+
+    case: str
+    format: str
+    tokens: int
+    routing: str
+    what: str
+
+    @classmethod
+    def of(cls, point: dict) -> Key:
+        """Files written before there was a choice hold neither routing nor, some of them, what."""
+        routing, what = point.get("routing", "uniform"), point.get("what", "fused_moe")
+        return cls(point["case"], point["format"], point["tokens"], routing, what)
 
 
 @dataclass(frozen=True)
@@ -17,6 +32,8 @@ class Comparison:
     case: str
     format: str
     tokens: int
+    routing: str
+    what: str
     us: float
     best_us: float
     best: str
@@ -26,12 +43,15 @@ class Comparison:
     def __str__(self) -> str:
         over_floor = f"{self.over_floor:.2f}" if self.over_floor else "-"
         return (
-            f"{self.case:<13}{self.format:<10}{self.tokens:>7}{self.us:>10.1f}{self.best_us:>10.1f}{self.speedup:>9.2f}"
-            f"{over_floor:>9}  {self.best}"
+            f"{self.case:<13}{self.format:<10}{self.tokens:>7}  {self.routing:<9}{self.what:<17}{self.us:>10.1f}"
+            f"{self.best_us:>10.1f}{self.speedup:>9.2f}{over_floor:>9}  {self.best}"
         )
 
 
-HEADER = f"{'case':<13}{'format':<10}{'tokens':>7}{'us':>10}{'best us':>10}{'speedup':>9}{'x floor':>9}  best baseline"
+HEADER = (
+    f"{'case':<13}{'format':<10}{'tokens':>7}  {'routing':<9}{'what':<17}{'us':>10}{'best us':>10}{'speedup':>9}"
+    f"{'x floor':>9}  best baseline"
+)
 
 
 def add_parser(reports: argparse._SubParsersAction) -> None:
@@ -55,14 +75,15 @@ def main(args: argparse.Namespace) -> int:
     ]
     rows = compare(ours, baseline)
     print(HEADER, *rows, sep="\n")
-    if rows:
-        print(f"geometric mean of {len(rows)} speedups: {geomean(row.speedup for row in rows):.3f}")
-        over_floor = [row.over_floor for row in rows if row.over_floor]
+    for what, routing in dict.fromkeys((row.what, row.routing) for row in rows):
+        kind = [row for row in rows if (row.what, row.routing) == (what, routing)]
+        start = f"{what}, {routing} routing: geometric mean of"
+        print(f"{start} {len(kind)} speedups: {geomean(row.speedup for row in kind):.3f}")
+        over_floor = [row.over_floor for row in kind if row.over_floor]
         if over_floor:
-            print(f"geometric mean of {len(over_floor)} times over the floor: {geomean(over_floor):.3f}")
-    missing = sorted(set(best_points(baseline)) - {(row.case, row.format, row.tokens) for row in rows})
-    for case, format, tokens in missing:
-        print(f"not in {args.ours}: {case} {format} {tokens}")
+            print(f"{start} {len(over_floor)} times over the floor: {geomean(over_floor):.3f}")
+    for key in missing(ours, baseline):
+        print(f"not in {args.ours}: {' '.join(map(str, key))}")
     if args.json:
         args.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     if args.plot:
@@ -82,13 +103,19 @@ def compare(ours: Iterable[dict], baseline: Iterable[dict]) -> list[Comparison]:
     return rows
 
 
+def missing(ours: Iterable[dict], baseline: Iterable[dict]) -> list[Key]:
+    """The baselines' points that ours lack, of the kinds that ours have at all."""
+    have = best_points(ours)
+    kinds = {(key.what, key.routing) for key in have}
+    return sorted(key for key in best_points(baseline) if key not in have and (key.what, key.routing) in kinds)
+
+
 def best_points(points: Iterable[dict]) -> dict[Key, dict]:
-    """The fastest correct fused_moe point of each key."""
+    """The fastest correct point of each key."""
     best: dict[Key, dict] = {}
     for point in points:
-        key = (point["case"], point["format"], point["tokens"])
-        usable = point.get("what", "fused_moe") == "fused_moe" and point.get("ok") and point.get("us")
-        if usable and (key not in best or point["us"] < best[key]["us"]):
+        key = Key.of(point)
+        if point.get("ok") and point.get("us") and (key not in best or point["us"] < best[key]["us"]):
             best[key] = point
     return best
 
@@ -99,25 +126,28 @@ def geomean(values: Iterable[float]) -> float:
 
 
 def plot(rows: list[Comparison], path: Path) -> None:
-    """One line a (case, format): speedup over tokens."""
+    """Speedup over tokens: a panel per (what, routing) and format, in it a line per case."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines: dict[tuple[str, str], list[Comparison]] = {}
-    for row in rows:
-        lines.setdefault((row.case, row.format), []).append(row)
+    kinds = list(dict.fromkeys((row.what, row.routing) for row in rows))
     formats = list(dict.fromkeys(row.format for row in rows))
-    figure, axes = pyplot.subplots(1, len(formats), figsize=(6 * len(formats), 4), sharey=True, squeeze=False)
-    for axis, format in zip(axes[0], formats, strict=True):
-        for (case, line_format), line in lines.items():
-            if line_format == format:
+    size = (6 * len(formats), 4 * len(kinds))
+    figure, axes = pyplot.subplots(len(kinds), len(formats), figsize=size, sharey="row", squeeze=False)
+    for (what, routing), line_of_axes in zip(kinds, axes, strict=True):
+        for format, axis in zip(formats, line_of_axes, strict=True):
+            panel = [row for row in rows if (row.what, row.routing, row.format) == (what, routing, format)]
+            for case in dict.fromkeys(row.case for row in panel):
+                line = [row for row in panel if row.case == case]
                 axis.plot([row.tokens for row in line], [row.speedup for row in line], marker="o", label=case)
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set(xscale="log", title=format, xlabel="tokens", ylabel="best baseline time / ours")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+            axis.axhline(1.0, color="black", linewidth=0.8)
+            title = f"{what}, {format}, {routing} routing"
+            axis.set(xscale="log", title=title, xlabel="tokens", ylabel="best baseline time / ours")
+            axis.grid(alpha=0.3)
+            if panel:
+                axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -36,17 +36,18 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 class Point:
     """One measurement. `tbps` counts the weights of the experts hit; for a stage without weights, all it moves."""
 
-    what: str  # fused_moe, or a stage such as grouped_gemm_w13
+    what: str  # fused_moe, host_call, or a stage such as grouped_gemm_w13
     case: str
     format: str
     act_format: str
     tokens: int
+    routing: str
     backend: str | None
     us: float | None = None  # median
     us_min: float | None = None
     tbps: float | None = None
     tflops: float | None = None
-    floor_us: float | None = None  # None for stages and for GPUs without measured rates
+    floor_us: float | None = None  # only of fused_moe; None for for GPUs without measured rates
     err: float | None = None
     ok: bool = False
     experts_hit: float | None = None
@@ -54,20 +55,18 @@ class Point:
     error: str | None = None
 
     HEADER: ClassVar[str] = (
-        f"{'case':<13}{'format':<10}{'tokens':>7}  {'what':<17}{'us':>10}{'TB/s':>8}{'TFLOP/s':>9}{'% floor':>9}"
-        f"{'error':>10}  backend"
+        f"{'case':<13}{'format':<10}{'tokens':>7}  {'routing':<9}{'what':<17}{'us':>10}{'TB/s':>8}{'TFLOP/s':>9}"
+        f"{'% floor':>9}{'error':>10}  backend"
     )
 
     def __str__(self) -> str:
-        start = f"{self.case:<13}{self.format:<10}{self.tokens:>7}  {self.what:<17}"
+        start = f"{self.case:<13}{self.format:<10}{self.tokens:>7}  {self.routing:<9}{self.what:<17}"
         if self.us is None:
             return f"{start}failed: {self.error}"
-        percent = f"{100 * self.floor_us / self.us:.1f}" if self.floor_us else "-"
-        verdict = "" if self.ok else "  WRONG"
-        return (
-            f"{start}{self.us:>10.1f}{self.tbps:>8.3f}{self.tflops:>9.1f}{percent:>9}{self.err:>10.5f}"
-            f"  {self.backend}{verdict}"
-        )
+        percent = 100 * self.floor_us / self.us if self.floor_us else None
+        columns = ((self.us, 10, 1), (self.tbps, 8, 3), (self.tflops, 9, 1), (percent, 9, 1), (self.err, 10, 5))
+        numbers = ("-".rjust(width) if x is None else f"{x:>{width}.{digits}f}" for x, width, digits in columns)
+        return f"{start}{''.join(numbers)}  {self.backend}{'' if self.ok else '  WRONG'}"
 
     def record(self) -> dict[str, object]:
         """For JSON: no NaN (null), numbers rounded to what the clock resolves."""
@@ -79,27 +78,28 @@ class Point:
         return record
 
 
-def make_all_inputs(case: _layer.Case, experts: Experts, num_tokens: int) -> list[Inputs]:
+def facts_of(what: str, case: _layer.Case, experts: Experts, num_tokens: int, routing: str) -> dict[str, object]:
+    """What was measured, as the first fields of a Point."""
+    formats = dict(format=experts.format, act_format=experts.act_format)
+    return dict(what=what, case=case.name, **formats, tokens=num_tokens, routing=routing)
+
+
+def make_all_inputs(case: _layer.Case, experts: Experts, num_tokens: int, routing: str) -> list[Inputs]:
     generator = torch.Generator(device=experts.w13.device).manual_seed(100 + num_tokens)
     calls = GRAPH_CALLS.get(num_tokens, 2)
     dtype = _layer.input_dtype(experts)
-    return [_layer.make_inputs(case, num_tokens, generator, index, dtype) for index in range(calls)]
+    return [_layer.make_inputs(case, num_tokens, generator, index, dtype, routing) for index in range(calls)]
 
 
-def measure_fused_moe(case: _layer.Case, experts: Experts, num_tokens: int, backend: str | None = None) -> Point:
+def measure_fused_moe(
+    case: _layer.Case, experts: Experts, num_tokens: int, backend: str | None = None, routing: str = "uniform"
+) -> Point:
     """One point; a failure becomes a point with `error`."""
-    facts = dict(
-        what="fused_moe", case=case.name, format=experts.format, act_format=experts.act_format, tokens=num_tokens
-    )
+    facts = facts_of("fused_moe", case, experts, num_tokens, routing)
     try:
         chosen = backend or chosen_backend(case, experts)
-        inputs = make_all_inputs(case, experts, num_tokens)
-        op = getattr(torch.ops.moe.fused_moe, backend or "default")
-
-        def call(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-            return op(hidden_states, experts.w13, experts.w2, topk_weights, topk_ids, **experts.options())
-
-        us, us_min, outputs = time_calls(call, inputs)
+        inputs = make_all_inputs(case, experts, num_tokens, routing)
+        us, us_min, outputs = time_calls(fused_moe_call(experts, backend), inputs)
         err = max(error_of(experts, inputs[i], outputs[i]) for i in {0, len(inputs) - 1})
     except Exception as error:  # compilers raise what they like; the point says it and counts as failed
         return Point(**facts, backend=backend, error=_one_line(error))
@@ -119,6 +119,16 @@ def measure_fused_moe(case: _layer.Case, experts: Experts, num_tokens: int, back
         experts_hit=hit,
         slots=slots,
     )
+
+
+def fused_moe_call(experts: Experts, backend: str | None) -> Callable[..., Tensor]:
+    """call(hidden_states, topk_weights, topk_ids) -> output"""
+    op, options = getattr(torch.ops.moe.fused_moe, backend or "default"), experts.options()
+
+    def call(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        return op(hidden_states, experts.w13, experts.w2, topk_weights, topk_ids, **options)
+
+    return call
 
 
 def chosen_backend(case: _layer.Case, experts: Experts) -> str | None:

@@ -1,7 +1,7 @@
 """Result files: JSON Lines. The first object describes the run, every other one is a point.
 
 {"commit": ..., "gpu": ..., "driver": ..., "torch": ..., "triton": ..., "date": ...}
-{"what": "fused_moe", "case": ..., "format": ..., "tokens": ..., "us": ..., "tbps": ..., "tflops": ..., ...}
+{"what": "fused_moe", "case": ..., "format": ..., "tokens": ..., "routing": ..., "us": ..., "tbps": ..., ...}
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ topk runs on random logits of its own: the routing of a benchmark is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from torch import Tensor
 from ...backends import CANDIDATES, explain
 from ...experts import Experts
 from .. import _layer
-from .measure import Point, error_of, make_all_inputs, routing_counts, time_calls
+from .measure import Point, error_of, facts_of, make_all_inputs, routing_counts, time_calls
 
+GEMMS = ("grouped_gemm_w13", "grouped_gemm_w2")
 # Results of the stages for one input, by the name of the argument that a later stage takes.
 State = dict[str, Tensor]
 
@@ -57,14 +58,20 @@ def stages(experts: Experts, op_of: Callable[[str], Callable]) -> dict[str, tupl
     def finalize(s: State) -> State:
         return {"output": op_of("finalize")(s["expert_out"], s["slot_to_row"], topk_weights=s["topk_weights"])}
 
-    gemms = {"grouped_gemm_w13": grouped_gemm_w13, "grouped_gemm_w2": grouped_gemm_w2}
     order = (topk, sort_slots, permute, grouped_gemm_w13, act_mul, grouped_gemm_w2, finalize)
-    return {stage.__name__: ("grouped_gemm" if stage.__name__ in gemms else stage.__name__, stage) for stage in order}
+    return {stage.__name__: ("grouped_gemm" if stage.__name__ in GEMMS else stage.__name__, stage) for stage in order}
 
 
-def measure_stages(case: _layer.Case, experts: Experts, num_tokens: int, backend: str | None = None) -> list[Point]:
-    """One point per stage; `err` is that of the whole chain."""
-    inputs = make_all_inputs(case, experts, num_tokens)
+def measure_stages(
+    case: _layer.Case,
+    experts: Experts,
+    num_tokens: int,
+    backend: str | None = None,
+    routing: str = "uniform",
+    timed: Collection[str] | None = None,
+) -> list[Point]:
+    """One point per stage, or per stage of `timed`, the others running once; `err` is that of the whole chain."""
+    inputs = make_all_inputs(case, experts, num_tokens, routing)
     names = ("hidden_states", "topk_weights", "topk_ids")
     states: list[State] = [dict(zip(names, tensors, strict=True)) for tensors in inputs]
     for state in states:
@@ -72,20 +79,19 @@ def measure_stages(case: _layer.Case, experts: Experts, num_tokens: int, backend
     hit, slots = routing_counts(inputs)
     measured: list[tuple[str, str | None, float, float, float, float]] = []
     for name, (op, stage) in stages(experts, lambda op: overload(op, backend)).items():
-        us, us_min, results = time_calls(stage, [(state,) for state in states])
-        tbps = stage_bytes(name, experts, states[0], results[0], hit, slots) / us / 1e6
-        tflops = 2 * slots * weight_of(name, experts) / us / 1e6
+        if timed is None or name in timed:
+            us, us_min, results = time_calls(stage, [(state,) for state in states])
+            tbps = stage_bytes(name, experts, states[0], results[0], hit, slots) / us / 1e6
+            tflops = 2 * slots * weight_of(name, experts) / us / 1e6
+            measured.append((name, chosen_backend(op, name, case, experts, backend), us, us_min, tbps, tflops))
+        else:
+            results = [stage(state) for state in states]
         for state, result in zip(states, results, strict=True):
             state.update(result)
-        measured.append((name, chosen_backend(op, name, case, experts, backend), us, us_min, tbps, tflops))
     err = error_of(experts, inputs[0], states[0]["output"])
     return [
         Point(
-            what=name,
-            case=case.name,
-            format=experts.format,
-            act_format=experts.act_format,
-            tokens=num_tokens,
+            **facts_of(name, case, experts, num_tokens, routing),
             backend=chosen,
             us=us,
             us_min=us_min,
