@@ -65,7 +65,7 @@ struct Config {
   static constexpr int kQuantBytes = kGated && kFloat8 ? 64 * (128 + 4 * 4 * kWarpgroups + 4) : 0;
   static constexpr int kStagingBytes = kStoreBytes > kQuantBytes ? kStoreBytes : kQuantBytes;
   static constexpr int kReaders = kConsumers / 32 + kTokenWarps;  // warps that are told of a tile
-  static constexpr int kFixedBytes = 1024 + kStagingBytes + 8 * (kMaxExperts + 1) + 20 * 16 + kTileSlots * 64;
+  static constexpr int kFixedBytes = 1024 + kStagingBytes + 8 * (kMaxExperts + 1) + 16 + 20 * 16 + kTileSlots * 64;
   static constexpr int kFittingStages = (kSmemLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFittingStages < 18 ? kFittingStages : 18;
   static constexpr int kSmemBytes = kFixedBytes + kStages * kStageBytes;
@@ -103,6 +103,7 @@ struct Smem {
   Barrier* tile_full;   // tiles
   Barrier* tile_empty;
   Tile* tiles;
+  int32_t* flag;        // split: whether this thread block completed a group
   int32_t* offsets;     // [E + 1] first row of each expert
   int32_t* tile_begin;  // [E + 1] token tiles before each expert
 
@@ -118,7 +119,8 @@ struct Smem {
     tile_full = empty + C::kStages;
     tile_empty = tile_full + kTileSlots;
     tiles = reinterpret_cast<Tile*>(tile_empty + kTileSlots);
-    offsets = reinterpret_cast<int32_t*>(tiles + kTileSlots);
+    flag = reinterpret_cast<int32_t*>(tiles + kTileSlots);
+    offsets = flag + 1;
     tile_begin = offsets + kMaxExperts + 1;
   }
 };

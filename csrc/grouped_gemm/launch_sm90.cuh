@@ -111,7 +111,13 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   } else {
     p.gemm[0].out_stride = p.gemm[0].part_rows;
   }
-  return launch_kernel<C>(p, token_tiles * (row_tiles<C>(p.gemm[0]) + row_tiles<C>(p.gemm[1])), num_sms, stream);
+  const int64_t tiles1 = token_tiles * ((p.gemm[0].part_rows * 2 + C::kRows - 1) / C::kRows), tiles2 = token_tiles * row_tiles<C>(p.gemm[1]);
+  if (C::kGated && tiles2 < 4 * num_sms) {  // few and long: smaller tiles, in a launch of its own, end together
+    p.num_gemms = 1;
+    if (auto e = launch_kernel<C>(p, tiles1, num_sms, stream)) return e;
+    return grouped_gemm_sm90_counted(f.gemm2, p.all_ready, stream);
+  }
+  return launch_kernel<C>(p, tiles1 + tiles2, num_sms, stream);
 }
 
 // num_rows / num_experts is the mean number of tokens per expert (under expert parallelism more than that). Up to 48,

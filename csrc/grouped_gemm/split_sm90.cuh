@@ -56,15 +56,15 @@ template <class C>
 __device__ bool complete_group(const KernelParams& p, const Smem<C>& smem, const Tile& tile) {
   const GemmParams& g = p.gemm[0];
   const int32_t groups = (g.part_rows + 127) / 128, group = tile.row / 128;
-  auto last = reinterpret_cast<int32_t*>(smem.staging_ptr);  // nothing else uses the staging of a float32 tile
+  // Read after the second barrier, written again only after the first one of the next tile.
   sync_threads(3, C::kConsumers);  // gate_up of all threads is stored
   if (threadIdx.x == 0) {
     fence_gpu();
-    *last = atomicAdd(p.arrived + int64_t(tile.token_tile) * groups + group, 1) == tiles_of_group<C>(g, group) - 1;
+    *smem.flag = atomicAdd(p.arrived + int64_t(tile.token_tile) * groups + group, 1) == tiles_of_group<C>(g, group) - 1;
     fence_gpu();
   }
   sync_threads(3, C::kConsumers);
-  if (*last == 0) return false;
+  if (*smem.flag == 0) return false;
   activate_group<C>(p, tile, group);
   sync_threads(3, C::kConsumers);  // act of all threads is stored
   return true;
