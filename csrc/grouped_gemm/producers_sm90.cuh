@@ -78,8 +78,7 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
       for (int w = 0; w < C::kWaves; ++w)
         for (int kb = threadIdx.x & 31; kb < g.k_blocks; kb += kLanes)
           asm volatile("prefetch.global.L2 [%0];" ::"l"(weight_scales<C>(p, tile, w) + kb * g.b_scale.stride_k));
-    // By one lane: others that wait for the next stage would hold it up, waiting being an instruction of the whole warp.
-    PipelineState<C::kStages> next = pipe;
+    PipelineState<C::kStages> next = pipe;  // one lane waits, expects and starts the copies
     for (int kb = 0; leader && kb < g.k_blocks; ++kb, next.advance()) {
       smem.empty[next.stage].wait(next.phase ^ 1);
       Barrier& full = smem.full[next.stage];
