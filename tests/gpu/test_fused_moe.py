@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 BACKENDS = ("cutlass_sm90", "triton")
 GPU_FORMATS = ("bf16", "fp16", "fp8_block")
-# With 64 experts the fused and the unfused first GEMM of cutlass_sm90 are both reached: below and above 4 tokens.
+# cutlass_sm90 takes split tiles of 64 rows at 1 token, of 128 up to 64 tokens; then gated tiles, with GEMM2 in a launch
+# of its own at 300 tokens and in the same one at 2049.
 LAYER = {"hidden_size": 1024, "intermediate_size": 512, "num_experts": 64, "top_k": 8}
 # |got - dense| / |dense|. Three roundings of about the same size: gate_up's inputs or expert_out, act, output. The root
 # mean square of one is 0.0017 (bf16), 0.0002 (fp16), 0.027 (fp8_block, activations); weights are not counted.
@@ -312,6 +313,17 @@ def test_a_token_depends_on_itself_alone(backend: str, format: str) -> None:
     x[5] = float("nan")
     others = torch.arange(2049, device=DEVICE) != 5
     assert torch.equal(call.but(x)(overload(backend))[others], full[others])
+
+
+# 2048 columns: GEMM2 has tiles enough to share a launch with gated tiles of up to 64 tokens, too.
+@pytest.mark.parametrize("num_tokens", [1, 2, 8, 64, 65, 300, 384, 385])
+def test_every_tile_configuration_gives_the_same_bits(format: str, num_tokens: int) -> None:
+    if reason := why_not("cutlass_sm90"):
+        pytest.skip(f"cutlass_sm90: {reason}")
+    call = layer(format, 2049, hidden_size=2048)
+    everyone = call(overload("cutlass_sm90"))
+    poison_free_memory()
+    assert torch.equal(tokens(call, slice(num_tokens))(overload("cutlass_sm90")), everyone[:num_tokens])
 
 
 # ---- graphs and compile ----------------------------------------------------------------------------------------------
