@@ -77,7 +77,7 @@ grouped_gemm on cuda (sm86), bf16, n 4096 k 7170
 grouped_gemm on cuda (sm120), int8
   cutlass_sm90  no: needs sm90, got sm120
   cutlass_sm100 no: needs sm100 or sm103, got sm120
-  cutlass_sm120 no: multiplies fp8_block, got int8
+  cutlass_sm120 no: multiplies fp8_block, mxfp8, mxfp4, nvfp4, got int8
   cutlass_sm80  yes
   triton        yes, after cutlass_sm80
   reference     no: plain torch; on a GPU it runs only when called by name
@@ -129,10 +129,16 @@ topk on cuda (sm90), bf16
         (90, "fp8_block", "cutlass_sm90"),
         (90, "int8", "triton"),
         (100, "fp8_block", "cutlass_sm100"),
+        (100, "nvfp4", "cutlass_sm100"),
+        (100, "mxfp4", "cutlass_sm100"),
+        (103, "mxfp8", "cutlass_sm100"),
         (103, "bf16", "cutlass_sm100"),
         (100, "fp16", "cutlass_sm80"),
         (103, "int8", "cutlass_sm80"),
         (120, "fp8_block", "cutlass_sm120"),
+        (120, "nvfp4", "cutlass_sm120"),
+        (120, "mxfp8", "cutlass_sm120"),
+        (121, "mxfp4", "cutlass_sm120"),
         (121, "bf16", "cutlass_sm80"),
     ],
 )
@@ -150,6 +156,13 @@ def test_grouped_gemm_per_gpu(sm: int, format: str, backend: str) -> None:
         (80, {"gemms": (Gemm(24, 64, 2),)}, None),
         (90, {"num_experts": 1025}, "takes at most 1024 experts, got 1025"),
         (90, {"format": "nvfp4"}, "multiplies bf16, fp16, fp8_block, got nvfp4"),
+        (100, {"gemms": (Gemm(256, 80),), "format": "nvfp4"}, "needs K to be a multiple of 32, got 80"),
+        (100, {"gemms": (Gemm(256, 80, 2),), "format": "mxfp8"}, None),
+        (
+            100,
+            {"gemms": (Gemm(256, 80),), "format": "mxfp8", "act_format": "bf16"},
+            "needs activations in the format of the weights, got bf16 with mxfp8",
+        ),
         (100, {"out_dtype": torch.float32}, "needs a bfloat16 output, got float32"),
         (100, {"bias_dtype": torch.float16}, "needs a bfloat16 bias, got float16"),
         (

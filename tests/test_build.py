@@ -238,8 +238,15 @@ def test_the_table_in_the_readme_is_current() -> None:
     assert table() in (ROOT / "README.md").read_text(), "run: python -m torch_moe_ops info --table"
 
 
-# The tensor-core instruction that a kernel written for the family must contain.
-TENSOR_CORE = {"sm80": r"\bHMMA\.", "sm90": r"\b[HQ]GMMA\.", "sm100": r"\bUTC[A-Z]*MMA\b", "sm120": r"\b[QO]MMA\."}
+# The tensor-core instructions that the kernels written for a family must contain. The block-scaled ones read scales
+# themselves: on SM100 UTCOMMA.4X (nvfp4), UTCOMMA (mxfp4), UTCQMMA with a last operand in tensor memory (mxfp8); on
+# SM120 OMMA.SF with UE4M3 (nvfp4) or E8 (mxfp4), QMMA.SF (mxfp8).
+TENSOR_CORE = {
+    "sm80": (r"\bHMMA\.",),
+    "sm90": (r"\b[HQ]GMMA\.",),
+    "sm100": (r"\bUTC[A-Z]*MMA\b", r"\bUTCOMMA\.4X\b", r"\bUTCOMMA\s", r"\bUTCQMMA\s.*idesc\[\w+\], tmem\["),
+    "sm120": (r"\bQMMA\.", r"\bOMMA\.SF\..*\.UE4M3", r"\bOMMA\.SF\..*\.E8", r"\bQMMA\.SF\..*\.E8"),
+}
 
 
 def find_cuobjdump() -> str | None:
@@ -258,14 +265,14 @@ def has_instruction(cuobjdump: str, library: Path, arch: str, pattern: str) -> b
     return found
 
 
-@pytest.mark.parametrize("family", list(TENSOR_CORE))
-def test_each_family_has_its_tensor_core_instructions(family: str) -> None:
+@pytest.mark.parametrize("family, pattern", [(family, p) for family, each in TENSOR_CORE.items() for p in each])
+def test_each_family_has_its_tensor_core_instructions(family: str, pattern: str) -> None:
     arches = [arch for arch in build_info()["cuda_arches"] if setup.family(arch) == family]
     if not arches:
         pytest.skip(f"this build has no {family} kernels")
     if not (cuobjdump := find_cuobjdump()):
         pytest.skip("cuobjdump not found (it comes with CUDA and with triton)")
-    library, pattern = Path(torch_moe_ops.__file__).with_name("_C.so"), TENSOR_CORE[family]
+    library = Path(torch_moe_ops.__file__).with_name("_C.so")
     for arch in arches:
         # cuobjdump lists the code of 100f as sm_100 and that of 90a as sm_90 or sm_90a, by version.
         names = dict.fromkeys((arch, arch.rstrip("af")))

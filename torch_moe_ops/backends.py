@@ -40,8 +40,8 @@ GEMM_OPS = ("grouped_gemm", "fused_moe")
 GEMM_FORMATS: dict[str, tuple[str, ...]] = {
     "cutlass_sm80": ("bf16", "fp16", "int8"),
     "cutlass_sm90": ("bf16", "fp16", "fp8_block"),
-    "cutlass_sm100": ("bf16", "fp8_block"),
-    "cutlass_sm120": ("fp8_block",),
+    "cutlass_sm100": ("bf16", "fp8_block", "mxfp8", "mxfp4", "nvfp4"),
+    "cutlass_sm120": ("fp8_block", "mxfp8", "mxfp4", "nvfp4"),
     "triton": ("bf16", "fp16", "int8", "fp8_block"),
 }
 # What K, and N within a part, of each of an op's GEMMs are called in its documentation.
@@ -214,7 +214,8 @@ def _needs_format(p: Problem, backend: str, weight_only: bool = False) -> str | 
 def _needs_aligned_rows(p: Problem, within_parts: bool = False) -> str | None:
     """Rows of a and b are read in 16-byte pieces and rows of out written in pieces of 8 values, those of each part of b
     on their own where a kernel's tiles do not cross parts."""
-    k_multiple = 16 // FORMATS[p.format].dtype.itemsize
+    format = FORMATS[p.format]
+    k_multiple = 16 // format.dtype.itemsize * format.pack
     for (n, k, parts), (k_name, n_name) in zip(p.gemms, K_AND_N[p.op], strict=False):
         height, height_name = (n // parts, n_name) if within_parts else (n, "N")
         if k % k_multiple:
@@ -256,7 +257,8 @@ def expect_gpu_format(op: str, device_type: str, format: str, act_format: str = 
     """Refuses what no GPU backend multiplies yet, in the fake as well as in the op."""
     if device_type != "cuda" or op not in GEMM_OPS:
         return
-    taken = [name for name in FORMATS if any(name in formats for formats in GEMM_FORMATS.values())]
+    backends = [name for name in CANDIDATES[op] if name in GEMM_FORMATS]
+    taken = [name for name in FORMATS if any(name in GEMM_FORMATS[backend] for backend in backends)]
     not_yet = "there are no GPU kernels for it yet; CPU tensors and the reference backend take every format"
     if format not in taken:
         expected = f"{', '.join(taken[:-1])} or {taken[-1]}"

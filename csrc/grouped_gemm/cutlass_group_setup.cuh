@@ -138,24 +138,35 @@ size_t cutlass_workspace_bytes(const GroupedGemmArgs& args) {
   return table.bytes + Gemm::get_workspace_size(cutlass_arguments<Gemm>(args, table, kMaxSms));
 }
 
+// At most kMaxSms.
+cudaError_t count_sms(int& num_sms) {
+  int device = 0;
+  if (auto error = cudaGetDevice(&device)) return error;
+  if (auto error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)) return error;
+  if (num_sms > kMaxSms) num_sms = kMaxSms;
+  return cudaSuccess;
+}
+
+template <class Gemm>
+cudaError_t run_gemm(const typename Gemm::Arguments& arguments, void* workspace, cudaStream_t stream) {
+  Gemm gemm;
+  if (gemm.initialize(arguments, workspace, stream) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
+  // An ordinary launch: it starts when the table is written, and CUTLASS's own overlap would not wait for that.
+  if (gemm.run(stream) != cutlass::Status::kSuccess) return cudaErrorLaunchFailure;
+  return cudaGetLastError();
+}
+
 template <class Gemm>
 cudaError_t run_cutlass(const GroupedGemmArgs& args, void* workspace, cudaStream_t stream) {
   if (args.num_rows == 0 || args.num_experts == 0 || args.n == 0) return cudaSuccess;
-  int device = 0, num_sms = 0;
-  if (auto error = cudaGetDevice(&device)) return error;
-  if (auto error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)) return error;
+  int num_sms = 0;
+  if (auto error = count_sms(num_sms)) return error;
   const GroupTable table(workspace, args.num_experts);
   constexpr int kThreads = 128;
   const int blocks = (args.num_experts + kThreads - 1) / kThreads;
   if (auto error = launch(write_group_table, blocks, kThreads, 0, stream, args, table)) return error;
-  Gemm gemm;
-  const auto arguments = cutlass_arguments<Gemm>(args, table, num_sms < kMaxSms ? num_sms : kMaxSms);
-  if (gemm.initialize(arguments, static_cast<char*>(workspace) + table.bytes, stream) != cutlass::Status::kSuccess) {
-    return cudaErrorInvalidValue;
-  }
-  // An ordinary launch: it starts when the table is written, and CUTLASS's own overlap would not wait for that.
-  if (gemm.run(stream) != cutlass::Status::kSuccess) return cudaErrorLaunchFailure;
-  return cudaGetLastError();
+  return run_gemm<Gemm>(cutlass_arguments<Gemm>(args, table, num_sms),
+                        static_cast<char*>(workspace) + table.bytes, stream);
 }
 
 // What the kernels here ask of their arguments beyond the operand type, as one sentence; nullptr when all holds.

@@ -6,6 +6,7 @@
 //   pack_scale(layout, scale, rows, columns, expert_offsets)      what each thread of the CUDA kernels does, one by one;
 //   unpack_scale(layout, packed, rows, columns, expert_offsets)   layout by its number, expert_offsets may be empty
 //   quantize_block(format, x, global_scale)      common/quantize.cuh: float32 [n] -> (value bytes, stored scale)
+//   read_block_scaled(format, ...)               what a block-scaled grouped GEMM reads (block_scaled.cpp)
 // Arrays come and go as bytes.
 #include "host/device_shims.h"
 
@@ -20,6 +21,8 @@
 #include "common/scale_layouts.h"
 
 namespace py = pybind11;
+
+void bind_block_scaled(py::module_& module);
 
 namespace {
 
@@ -150,4 +153,5 @@ PYBIND11_MODULE(_host, module) {
   module.def("pack_scale", &move_scales<true>, "layout"_a, "scale"_a, "rows"_a, "columns"_a, "expert_offsets"_a);
   module.def("unpack_scale", &move_scales<false>, "layout"_a, "packed"_a, "rows"_a, "columns"_a, "expert_offsets"_a);
   module.def("quantize_block", &quantize_block, "format"_a, "x"_a, "global_scale"_a = 1.f);
+  bind_block_scaled(module);
 }

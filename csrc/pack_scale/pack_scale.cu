@@ -3,8 +3,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/move_scales.cuh"
+#include "pack_scale/pack_scale.h"
 
 namespace moe {
+
+cudaError_t pack_scale(const ScaleArgs& args, cudaStream_t stream) { return move_scales<true>(args, stream); }
+
 namespace {
 
 constexpr int64_t kAtomBytes = kAtomRows * kWordColumns;
@@ -48,7 +52,7 @@ Tensor pack_scale_cuda(const Tensor& scale, const std::string& layout, const std
   ScaleArgs args = scale_args(kOp, scale, layout, expert_offsets);
   Tensor packed = empty_packed(args, scale);
   const CudaScope scope(scale);
-  check_cuda(kOp, move_scales<true>(args, scope.stream));
+  check_cuda(kOp, pack_scale(args, scope.stream));
   return packed;
 }
 

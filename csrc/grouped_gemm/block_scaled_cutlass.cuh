@@ -1,0 +1,98 @@
+// Grouped GEMM through CUTLASS's block-scaled pointer-array kernels: scales packed, groups described, kernel launched.
+// Each including file names the format, the mainloop and the tile; see block_scaled.h for the equation.
+#pragma once
+#include "grouped_gemm/block_scaled_groups.h"
+#include "grouped_gemm/cutlass_group_setup.cuh"
+#include "pack_scale/pack_scale.h"
+
+namespace moe {
+namespace {
+
+template <Format kFormat>
+__global__ void write_block_scaled_groups(const __grid_constant__ BlockScaledArgs args,
+                                          const __grid_constant__ BlockScaledGroups<kFormat> groups) {
+  pdl_wait();  // expert_offsets and global scales may be the predecessor's output, and the groups its input
+  const int expert = blockIdx.x, column = blockIdx.y * blockDim.x + threadIdx.x;
+  if (column == 0) describe_expert(args, groups, expert, args.expert_offsets[expert], args.expert_offsets[expert + 1]);
+  if constexpr (BlockScaledGroups<kFormat>::kHasAlpha) {
+    if (column < args.n) groups.alpha_values[int64_t{expert} * args.n + column] = alpha_of(args, expert, column);
+  }
+}
+
+// out = float32 sum * alpha[e, n] (+ bias[e, n]), one fused multiply-add, rounded once.
+template <class Element, class CtaTile>
+using ScaleAndAddBias = cutlass::epilogue::fusion::Sm90EVT<
+    cutlass::epilogue::fusion::Sm90Compute<cutlass::homogeneous_multiply_add, Element, float,
+                                           cutlass::FloatRoundStyle::round_to_nearest>,
+    cutlass::epilogue::fusion::Sm90RowBroadcast<0, CtaTile, float*, float>, cutlass::epilogue::fusion::Sm90AccFetch,
+    cutlass::epilogue::fusion::Sm90RowBroadcast<0, CtaTile, Element*, float>>;
+
+template <Format kFormat, class CtaTile>
+using BlockScaledFusion =
+    cute::conditional_t<BlockScaledGroups<kFormat>::kHasAlpha, ScaleAndAddBias<cutlass::bfloat16_t, CtaTile>,
+                        AddBias<cutlass::bfloat16_t, CtaTile>>;
+
+template <Format kFormat, class Gemm>
+typename Gemm::Arguments block_scaled_arguments(const BlockScaledArgs& args, const BlockScaledGroups<kFormat>& groups,
+                                                int num_sms) {
+  using Kernel = typename Gemm::GemmKernel;
+  using Mainloop = typename Kernel::CollectiveMainloop;
+  using Groups = BlockScaledGroups<kFormat>;
+  using ElementOut = typename Kernel::ElementD;
+  static_assert(cute::is_same_v<typename Kernel::InternalStrideA, typename Groups::RowStride>);
+  static_assert(cute::is_same_v<typename Kernel::InternalStrideB, typename Groups::RowStride>);
+  static_assert(cute::is_same_v<typename Kernel::InternalStrideD, typename Groups::RowStride>);
+  static_assert(cute::is_same_v<typename Mainloop::InternalLayoutSFA, typename Groups::AtomLayout>);
+  static_assert(cute::is_same_v<typename Mainloop::InternalLayoutSFB, typename Groups::AtomLayout>);
+
+  typename Gemm::Arguments arguments{};
+  const auto point = [](auto& to, const void** from) { to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(from); };
+  arguments.mode = cutlass::gemm::GemmUniversalMode::kGrouped;
+  arguments.problem_shape = {args.num_experts, groups.shape, nullptr};  // nullptr: no copy of the shapes on the host
+  point(arguments.mainloop.ptr_A, groups.a);
+  point(arguments.mainloop.ptr_B, groups.b);
+  point(arguments.mainloop.ptr_SFA, groups.a_scale);
+  point(arguments.mainloop.ptr_SFB, groups.b_scale);
+  arguments.mainloop.dA = arguments.mainloop.dB = groups.ab_stride;
+  arguments.mainloop.layout_SFA = groups.a_scale_layout;
+  arguments.mainloop.layout_SFB = groups.b_scale_layout;
+  const auto bias = args.bias ? reinterpret_cast<const ElementOut* const*>(groups.bias) : nullptr;
+  if constexpr (Groups::kHasAlpha) {
+    arguments.epilogue.thread = {{groups.alpha}, {}, {bias}, {}};
+  } else {
+    arguments.epilogue.thread = {{bias}, {}, {}};
+  }
+  arguments.epilogue.ptr_D = reinterpret_cast<ElementOut**>(groups.out);
+  arguments.epilogue.dD = groups.out_stride;
+  arguments.hw_info.sm_count = num_sms;
+  return arguments;
+}
+
+template <Format kFormat, class Gemm>
+size_t block_scaled_workspace_bytes(const BlockScaledArgs& args) {
+  const BlockScaledGroups<kFormat> groups(nullptr, args);
+  return groups.bytes + Gemm::get_workspace_size(block_scaled_arguments<kFormat, Gemm>(args, groups, kMaxSms));
+}
+
+template <Format kFormat, class Gemm>
+cudaError_t run_block_scaled(const BlockScaledArgs& args, void* workspace, cudaStream_t stream) {
+  if (args.format != kFormat || block_scaled_why_not(args)) return cudaErrorInvalidValue;
+  if (args.num_rows == 0 || args.num_experts == 0 || args.n == 0) return cudaSuccess;
+  const BlockScaledGroups<kFormat> groups(workspace, args);
+  if (auto error = pack_scale(a_scale_atoms(args, groups.a_atoms), stream)) return error;
+  if (auto error = pack_scale(b_scale_atoms(args, groups.b_atoms), stream)) return error;
+  constexpr int kThreads = 256;
+  const dim3 grid(args.num_experts, groups.kHasAlpha ? (args.n + kThreads - 1) / kThreads : 1);
+  if (auto error = launch(write_block_scaled_groups<kFormat>, grid, kThreads, 0, stream, args, groups)) return error;
+  int num_sms = 0;
+  if (auto error = count_sms(num_sms)) return error;
+  const auto arguments = block_scaled_arguments<kFormat, Gemm>(args, groups, num_sms);
+  return run_gemm<Gemm>(arguments, static_cast<char*>(workspace) + groups.bytes, stream);
+}
+
+template <Format kFormat, class Gemm>
+constexpr BlockScaledLauncher kBlockScaledLauncher = {block_scaled_workspace_bytes<kFormat, Gemm>,
+                                                      run_block_scaled<kFormat, Gemm>};
+
+}  // namespace
+}  // namespace moe

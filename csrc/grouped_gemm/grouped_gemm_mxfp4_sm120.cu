@@ -1,0 +1,38 @@
+// Grouped GEMM in mxfp4 on the SM120 tensor cores (mma.sync fed by TMA), through CUTLASS; block_scaled.h has the equation.
+// a, b E2M1, two a byte; scales UE8M0, one per 32 values.
+// The tensor cores multiply values and scales and sum in float32.
+// Compiled and inspected, not executed: see docs/blackwell.md.
+#include "grouped_gemm/block_scaled_cutlass.cuh"
+
+namespace moe {
+namespace {
+
+using namespace cute;
+using Element = cutlass::mx_float4_t<cutlass::float_e2m1_t>;
+using ElementOut = cutlass::bfloat16_t;
+using Tile = Shape<_128, _128, _128>;
+using Cluster = Shape<_1, _1, _1>;  // SM120 has no multicast
+constexpr Format kFormat = Format::mxfp4;
+constexpr int kAlignment = 32;  // values in 16 bytes
+
+using Epilogue = cutlass::epilogue::collective::CollectiveBuilder<
+    cutlass::arch::Sm120, cutlass::arch::OpClassTensorOp, Tile, Cluster,
+    cutlass::epilogue::collective::EpilogueTileAuto, float, float,
+    void, cutlass::layout::RowMajor*, 8, ElementOut, cutlass::layout::RowMajor*, 8,
+    cutlass::epilogue::collective::EpilogueScheduleAuto, BlockScaledFusion<kFormat, Tile>>::CollectiveOp;
+
+using Mainloop = cutlass::gemm::collective::CollectiveBuilder<
+    cutlass::arch::Sm120, cutlass::arch::OpClassBlockScaledTensorOp,
+    Element, cutlass::layout::RowMajor*, kAlignment, Element, cutlass::layout::ColumnMajor*, kAlignment,
+    float, Tile, Cluster,
+    cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(Epilogue::SharedStorage))>,
+    cutlass::gemm::KernelPtrArrayTmaWarpSpecializedCooperative>::CollectiveOp;
+
+using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
+    cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<ProblemShape>, Mainloop, Epilogue>>;
+
+}  // namespace
+
+const BlockScaledLauncher grouped_gemm_mxfp4_sm120 = kBlockScaledLauncher<kFormat, Gemm>;
+
+}  // namespace moe

@@ -1,0 +1,76 @@
+"""What the block-scaled grouped GEMMs of Blackwell read, without one: their setup, run on a CPU through
+torch_moe_ops._host. Skipped where the build found no pybind11."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from torch_moe_ops.formats import FORMATS
+
+host = pytest.importorskip("torch_moe_ops._host", reason="needs the optional module, which is built with pybind11")
+
+BLOCK_K = {"nvfp4": 16, "mxfp8": 32, "mxfp4": 32}
+
+
+def tensor(data: bytes, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.frombuffer(bytearray(data) or bytearray(1), dtype=dtype)[: len(data) // dtype.itemsize].view(shape)
+
+
+def nonzero_bytes(*shape: int) -> Tensor:
+    return torch.randint(1, 256, shape).to(torch.uint8)
+
+
+def check_groups(format: str, counts: list[int], n: int, k: int) -> None:
+    """Each expert's entry, and each scale where CUTLASS's layout finds it; all it may read besides is zero."""
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    used, num_experts, columns = int(offsets[-1]), len(counts), -(-k // BLOCK_K[format])
+    rows = used + 3  # the last three are no expert's
+    a_scale, b_scale = nonzero_bytes(rows, columns), nonzero_bytes(num_experts, n, columns)
+    data = (a_scale.numpy().tobytes(), b_scale.numpy().tobytes(), offsets.numpy().tobytes())
+    read = host.read_block_scaled(format, *data, rows, n, k)
+    row_bytes = k // FORMATS[format].pack * FORMATS[format].dtype.itemsize
+    expected = [
+        [count, n, k, first * row_bytes, e * n * row_bytes, first * n * 2, e * n * 2, e * n * 4, k, n]
+        for e, (count, first) in enumerate(zip(counts, offsets.tolist(), strict=False))
+    ]
+    assert tensor(read["table"], torch.int64, num_experts, 10).tolist() == expected
+    assert torch.equal(tensor(read["a_scale"], torch.uint8, used, columns), a_scale[:used])
+    assert torch.equal(tensor(read["b_scale"], torch.uint8, num_experts, n, columns), b_scale)
+    assert read["padding_is_zero"]
+    assert (tensor(read["alpha"], torch.float32, num_experts, n) == 1).all()
+
+
+@pytest.mark.parametrize("format", BLOCK_K)
+@pytest.mark.parametrize("n, k", [(8, 32), (136, 7168), (384, 96), (256, 544)])
+def test_s4_groups_and_scales(format: str, n: int, k: int) -> None:
+    check_groups(format, [5, 0, 128, 1, 0, 0, 257, 127, 0], n, k)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    format=st.sampled_from(list(BLOCK_K)),
+    counts=st.lists(st.sampled_from([0, 0, 1, 5, 127, 128, 129, 300]), min_size=1, max_size=7),
+    n=st.integers(1, 40),
+    k=st.integers(1, 12),
+)
+def test_s4_groups_of_any_size(format: str, counts: list[int], n: int, k: int) -> None:
+    check_groups(format, counts, 8 * n, 32 * k)
+
+
+def test_s4_the_global_scales_of_gate_and_up_stay_apart() -> None:
+    n, k, num_experts = 16, 32, 3
+    scales = (b"\1" * 2, b"\1" * (num_experts * n * 2), torch.tensor([0, 1, 1, 1]).int().numpy().tobytes())
+    a, b = torch.rand(num_experts) + 0.1, torch.rand(num_experts, 2) + 0.1
+
+    def alpha(a_global: Tensor, b_global: Tensor) -> Tensor:
+        given = a_global.numpy().tobytes(), b_global.contiguous().numpy().tobytes()
+        return tensor(host.read_block_scaled("nvfp4", *scales, 1, n, k, *given)["alpha"], torch.float32, num_experts, n)
+
+    assert torch.equal(alpha(a, b), (a[:, None] * b).repeat_interleave(n // 2, dim=1))
+    assert torch.equal(alpha(a[:1], b), (a[0] * b).repeat_interleave(n // 2, dim=1))
+    assert torch.equal(alpha(a, b[:, 0]), (a * b[:, 0])[:, None].expand(num_experts, n))
+    assert torch.equal(alpha(torch.empty(0), torch.empty(0)), torch.ones(num_experts, n))
