@@ -90,9 +90,31 @@ cudaError_t run_block_scaled(const BlockScaledArgs& args, void* workspace, cudaS
   return run_gemm<Gemm>(arguments, static_cast<char*>(workspace) + groups.bytes, stream);
 }
 
-template <Format kFormat, class Gemm>
-constexpr BlockScaledLauncher kBlockScaledLauncher = {block_scaled_workspace_bytes<kFormat, Gemm>,
-                                                      run_block_scaled<kFormat, Gemm>};
+// The kernel of one format on one family; bfloat16 out, no clusters. `Operand`: CUTLASS's pair of a value and a scale type.
+template <Format kFormat, class Operand, class Tile, class Arch, class EpilogueSchedule, class MainloopSchedule>
+struct BlockScaledKernel {
+  using ElementOut = cutlass::bfloat16_t;
+  using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
+  static constexpr int kAlignment = 16 * pack(kFormat);  // values in 16 bytes
+
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      Arch, cutlass::arch::OpClassTensorOp, Tile, Cluster,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float,
+      void, cutlass::layout::RowMajor*, 8, ElementOut, cutlass::layout::RowMajor*, 8,
+      EpilogueSchedule, BlockScaledFusion<kFormat, Tile>>::CollectiveOp;
+
+  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      Arch, cutlass::arch::OpClassBlockScaledTensorOp,
+      Operand, cutlass::layout::RowMajor*, kAlignment, Operand, cutlass::layout::ColumnMajor*, kAlignment,
+      float, Tile, Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+      MainloopSchedule>::CollectiveOp;
+
+  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
+      cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<ProblemShape>, Mainloop, Epilogue>>;
+
+  static constexpr BlockScaledLauncher kLauncher = {block_scaled_workspace_bytes<kFormat, Gemm>, run_block_scaled<kFormat, Gemm>};
+};
 
 }  // namespace
 }  // namespace moe

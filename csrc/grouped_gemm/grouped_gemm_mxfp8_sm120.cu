@@ -5,34 +5,10 @@
 #include "grouped_gemm/block_scaled_cutlass.cuh"
 
 namespace moe {
-namespace {
 
-using namespace cute;
-using Element = cutlass::mx_float8_t<cutlass::float_e4m3_t>;
-using ElementOut = cutlass::bfloat16_t;
-using Tile = Shape<_128, _128, _128>;
-using Cluster = Shape<_1, _1, _1>;  // SM120 has no multicast
-constexpr Format kFormat = Format::mxfp8;
-constexpr int kAlignment = 16;  // values in 16 bytes
-
-using Epilogue = cutlass::epilogue::collective::CollectiveBuilder<
-    cutlass::arch::Sm120, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-    cutlass::epilogue::collective::EpilogueTileAuto, float, float,
-    void, cutlass::layout::RowMajor*, 8, ElementOut, cutlass::layout::RowMajor*, 8,
-    cutlass::epilogue::collective::EpilogueScheduleAuto, BlockScaledFusion<kFormat, Tile>>::CollectiveOp;
-
-using Mainloop = cutlass::gemm::collective::CollectiveBuilder<
-    cutlass::arch::Sm120, cutlass::arch::OpClassBlockScaledTensorOp,
-    Element, cutlass::layout::RowMajor*, kAlignment, Element, cutlass::layout::ColumnMajor*, kAlignment,
-    float, Tile, Cluster,
-    cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(Epilogue::SharedStorage))>,
-    cutlass::gemm::KernelPtrArrayTmaWarpSpecializedCooperative>::CollectiveOp;
-
-using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
-    cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<ProblemShape>, Mainloop, Epilogue>>;
-
-}  // namespace
-
-const BlockScaledLauncher grouped_gemm_mxfp8_sm120 = kBlockScaledLauncher<kFormat, Gemm>;
+const BlockScaledLauncher grouped_gemm_mxfp8_sm120 =
+    BlockScaledKernel<Format::mxfp8, cutlass::mx_float8_t<cutlass::float_e4m3_t>, cute::Shape<cute::_128, cute::_128, cute::_128>,
+                      cutlass::arch::Sm120, cutlass::epilogue::collective::EpilogueScheduleAuto,
+                      cutlass::gemm::KernelPtrArrayTmaWarpSpecializedCooperative>::kLauncher;
 
 }  // namespace moe

@@ -38,7 +38,7 @@ namespace sm90 {
 
 // Which tile configuration: weight rows x tokens, and how GEMM1's activation is done when both GEMMs are fused.
 //   plain: one GEMM.   gated: gate and up of 128 channels are one tile; its epilogue is the activation (and requantisation).
-//   split: few rows. Tiles of 64 weight rows, so that more SMs read weights, write float32 gate_up; whoever completes the
+//   split: few rows. Tiles of 64 or 128 weight rows, so that more SMs read weights, write float32 gate_up; whoever completes the
 //          last tile of a 128-channel group does its activation.
 enum class Mode { plain, gated, split };
 
