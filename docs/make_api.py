@@ -25,7 +25,7 @@ ORDER = (
     ("fused_moe", "Experts", "Experts.from_weights", "Experts.forward", "Experts.options")
     + ("topk", "sort_slots", "quantize", "permute", "grouped_gemm", "act_mul", "finalize")
     + ("quantize_weight", "compute_global_scale", "convert_weight", "fold_global_scale", "to_gate_up", "from_gate_up")
-    + ("pack_scale", "unpack_scale")
+    + ("pack_scale", "unpack_scale", "pack_weight", "unpack_weight", "Experts.packed")
     + ("checkpoints.load_experts", "max_rows", "workspace_bytes", "explain", "build_info")
 )
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..activations import LAYOUTS, get_activation
 from ..formats import Format
-from ._check import BF16_FP16, FLOAT32, INT32, expect_choice, expect_sizes, expect_tensor, refuse, storage_dtypes
+from ._check import BF16_FP16, FLOAT32, INT32, expect_choice, expect_sizes, expect_tensor, refuse
 from .act_mul import check_activation
-from .grouped_gemm import check_formats, check_weight
+from .grouped_gemm import check_formats, check_weight, expect_weight
 from .quantize import check_global_scale, check_pack, check_unquantised
 
 
@@ -71,10 +71,7 @@ def fake(
 
 def _check_sizes(op: str, weights: Format, acts: Format, hidden_states: Tensor, w2: Tensor) -> tuple[int, int]:
     """(E, I), which w2 [E, H, I/pack] states; both GEMMs' K must fill whole stored elements."""
-    num_experts, _, columns = expect_sizes(
-        op, "w2", w2, storage_dtypes(weights.dtype), ("E", "H", "I"), hidden_states.device
-    )
-    intermediate_size = columns * weights.pack
+    num_experts, _, intermediate_size = expect_weight(op, "w2", weights, w2, ("E", "H", "I"), hidden_states.device)
     for fmt in (weights, acts):
         check_pack(op, "hidden_states", fmt, hidden_states, hidden_states.shape[1])
         check_pack(op, "w2", fmt, w2, intermediate_size)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..formats import FORMATS, Format, get_format
+from ..packed_weights import PACKABLE, expect_packed, is_packed, weight_sizes
 from ._check import (
     BF16_FP16,
     FLOAT32,
@@ -40,7 +41,7 @@ def check(
     b_format, a_format = check_formats(op, format, act_format)
     num_rows, a_columns = expect_sizes(op, "a", a, storage_dtypes(a_format.dtype), ("P", "K"))
     k = a_columns * a_format.pack
-    num_experts, n, _ = expect_sizes(op, "b", b, storage_dtypes(b_format.dtype), ("E", "N", "K"), device)
+    num_experts, n, _ = expect_weight(op, "b", b_format, b, ("E", "N", "K"), device)
     expect_range(op, "b_parts", b_parts, 1)
     check_weight(op, "b", b_format, b, b_scale, b_global_scale, bias, (num_experts, n, k), b_parts, device)
     expect_tensor(op, "expert_offsets", expert_offsets, INT32, (num_experts + 1,), device)
@@ -57,7 +58,8 @@ def fake(
     a: Tensor, b: Tensor, expert_offsets: Tensor, *, out_dtype: torch.dtype | None = None, **options: object
 ) -> Tensor:
     check(a, b, expert_offsets, out_dtype=out_dtype, **options)
-    return torch.empty((a.shape[0], b.shape[1]), dtype=output_dtype(a.dtype, out_dtype), device=a.device)
+    n = weight_sizes(b, options.get("format", "bf16"))[1]
+    return torch.empty((a.shape[0], n), dtype=output_dtype(a.dtype, out_dtype), device=a.device)
 
 
 def output_dtype(dtype: torch.dtype, out_dtype: torch.dtype | None) -> torch.dtype:
@@ -80,6 +82,17 @@ def check_formats(op: str, format: str, act_format: str) -> tuple[Format, Format
     refuse(op, "act_format", f"{' or '.join(choices)} for {format} weights", act_format)
 
 
+def expect_weight(
+    op: str, name: str, format: Format, weight: Tensor, dims: tuple[str, str, str], device: torch.device
+) -> tuple[int, int, int]:
+    """(E, N, K), K in values, of a weight [E, N, K/pack] or of packed ones."""
+    if is_packed(weight) and format.name in PACKABLE:
+        expect_packed(op, name, weight, format.name)
+    else:
+        expect_sizes(op, name, weight, storage_dtypes(format.dtype), dims, device)
+    return weight_sizes(weight, format.name)
+
+
 def check_weight(
     op: str,
     name: str,
@@ -97,8 +110,17 @@ def check_weight(
     scale_name, global_name = f"{name}_scale", f"{name}_global_scale"
     if n % parts:
         refuse(op, name, f"a multiple of {parts} rows per expert", list(weight.shape))
-    expect_tensor(op, name, weight, storage_dtypes(format.dtype), (num_experts, n, k // format.pack), device)
-    if format.has_scale:
+    packed = is_packed(weight) and format.name in PACKABLE
+    if packed:
+        expect_packed(op, name, weight, format.name)
+        got = weight_sizes(weight, format.name)
+        if got != sizes or weight.device != device:
+            refuse(op, name, f"packed {list(sizes)} on {device}", f"packed {list(got)} on {weight.device}")
+        if scale is not None:
+            refuse(op, scale_name, f"none beside packed {name}, which holds it", list(scale.shape))
+    else:
+        expect_tensor(op, name, weight, storage_dtypes(format.dtype), (num_experts, n, k // format.pack), device)
+    if format.has_scale and not packed:
         if scale is None:
             refuse(op, scale_name, f"a scale for {format.name}", None)
         shape = (num_experts, *format.weight_scale_shape(n, k, parts))

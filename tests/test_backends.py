@@ -49,12 +49,12 @@ fused_moe on cuda (sm80), fp8_block, n 4096 k 7168, n 7168 k 2048
   reference     no: plain torch; on a GPU it runs only when called by name
 
 fused_moe on cuda (sm90), fp8_block weights, bf16 activations, n 4096 k 7168, n 7168 k 2048
-  cutlass_sm90  no: needs activations in the format of the weights, got bf16 with fp8_block
+  cutlass_sm90  no: multiplies fp8_block weights by fp8_block activations, got bf16
   triton        yes
   reference     no: plain torch; on a GPU it runs only when called by name
 
 fused_moe on cuda (sm90), int8, n 4096 k 7168, n 7168 k 2048
-  cutlass_sm90  no: multiplies bf16, fp16, fp8_block, got int8
+  cutlass_sm90  no: multiplies bf16, fp16, fp8_block, nvfp4, mxfp4, got int8
   triton        yes
   reference     no: plain torch; on a GPU it runs only when called by name
 
@@ -83,7 +83,7 @@ grouped_gemm on cuda (sm120), int8
   reference     no: plain torch; on a GPU it runs only when called by name
 
 grouped_gemm on cuda (sm90), int8
-  cutlass_sm90  no: multiplies bf16, fp16, fp8_block, got int8
+  cutlass_sm90  no: multiplies bf16, fp16, fp8_block, nvfp4, mxfp4, got int8
   cutlass_sm100 no: needs sm100 or sm103, got sm90
   cutlass_sm120 no: needs sm120 or sm121, got sm90
   cutlass_sm80  no: on sm90 it runs only when called by name
@@ -155,13 +155,21 @@ def test_grouped_gemm_per_gpu(sm: int, format: str, backend: str) -> None:
         (80, {"gemms": (Gemm(20, 64, 2),)}, "needs N to be a multiple of 8, got 20"),
         (80, {"gemms": (Gemm(24, 64, 2),)}, None),
         (90, {"num_experts": 1025}, "takes at most 1024 experts, got 1025"),
-        (90, {"format": "nvfp4"}, "multiplies bf16, fp16, fp8_block, got nvfp4"),
+        (90, {"format": "nvfp4"}, "multiplies nvfp4 weights by bf16 activations, got nvfp4"),
+        (90, {"format": "nvfp4", "act_format": "bf16"}, "needs weights packed by pack_weight"),
+        (90, {"format": "nvfp4", "act_format": "bf16", "packed": True}, None),
+        (
+            90,
+            {"format": "mxfp4", "act_format": "fp16", "packed": True},
+            "multiplies mxfp4 weights by bf16 activations, got fp16",
+        ),
+        (100, {"format": "nvfp4", "packed": True}, "needs weights as they are stored, got packed ones"),
         (100, {"gemms": (Gemm(256, 80),), "format": "nvfp4"}, "needs K to be a multiple of 32, got 80"),
         (100, {"gemms": (Gemm(256, 80, 2),), "format": "mxfp8"}, None),
         (
             100,
             {"gemms": (Gemm(256, 80),), "format": "mxfp8", "act_format": "bf16"},
-            "needs activations in the format of the weights, got bf16 with mxfp8",
+            "multiplies mxfp8 weights by mxfp8 activations, got bf16",
         ),
         (100, {"out_dtype": torch.float32}, "needs a bfloat16 output, got float32"),
         (100, {"bias_dtype": torch.float16}, "needs a bfloat16 bias, got float16"),
@@ -213,6 +221,8 @@ def test_formats_without_gpu_kernels() -> None:
         assert "\n" not in str(caught.value)
     for format in ("bf16", "fp16", "fp8_block", "int8"):
         backends.expect_gpu_format("fused_moe", "cuda", format)
+    for format in ("nvfp4", "mxfp4", "int8", "fp8_block"):
+        backends.expect_gpu_format("fused_moe", "cuda", format, "bf16")
     backends.expect_gpu_format("quantize", "cuda", "nvfp4")  # quantisers exist for every format
 
 

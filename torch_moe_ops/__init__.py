@@ -22,6 +22,7 @@ from .ops.quantize import quantize
 from .ops.sort_slots import sort_slots
 from .ops.topk import topk
 from .ops.unpack_scale import unpack_scale
+from .packed_weights import pack_weight, unpack_weight
 
 try:
     __version__ = version("torch_moe_ops")
@@ -43,6 +44,7 @@ __all__ = [
     "grouped_gemm",
     "max_rows",
     "pack_scale",
+    "pack_weight",
     "permute",
     "quantize",
     "quantize_weight",
@@ -50,5 +52,6 @@ __all__ = [
     "to_gate_up",
     "topk",
     "unpack_scale",
+    "unpack_weight",
     "workspace_bytes",
 ]

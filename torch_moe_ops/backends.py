@@ -18,6 +18,7 @@ import torch
 
 from .activations import get_activation
 from .formats import FORMATS, get_format
+from .packed_weights import BLOCK, PACKABLE
 
 STAGE = ("cuda", "triton", "reference")
 CANDIDATES: dict[str, tuple[str, ...]] = {
@@ -34,15 +35,17 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
 }
 OPS = tuple(CANDIDATES)
 
-# What the GPU backends of the GEMMs multiply, weights and activations in the same format; Triton also multiplies
-# quantised weights by bf16 and fp16 activations. The other GPU kernels take every format.
+# What the GPU backends of the GEMMs multiply: the format of the weights, and those of the activations that go with it.
+# The other GPU kernels take every format.
 GEMM_OPS = ("grouped_gemm", "fused_moe")
-GEMM_FORMATS: dict[str, tuple[str, ...]] = {
-    "cutlass_sm80": ("bf16", "fp16", "int8"),
-    "cutlass_sm90": ("bf16", "fp16", "fp8_block"),
-    "cutlass_sm100": ("bf16", "fp8_block", "mxfp8", "mxfp4", "nvfp4"),
-    "cutlass_sm120": ("fp8_block", "mxfp8", "mxfp4", "nvfp4"),
-    "triton": ("bf16", "fp16", "int8", "fp8_block"),
+GEMM_FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
+    "cutlass_sm80": {format: (format,) for format in ("bf16", "fp16", "int8")},
+    "cutlass_sm90": {format: (format,) for format in ("bf16", "fp16", "fp8_block")}
+    | {format: ("bf16",) for format in PACKABLE},
+    "cutlass_sm100": {format: (format,) for format in ("bf16", "fp8_block", "mxfp8", "mxfp4", "nvfp4")},
+    "cutlass_sm120": {format: (format,) for format in ("fp8_block", "mxfp8", "mxfp4", "nvfp4")},
+    "triton": {format: (format,) for format in ("bf16", "fp16")}
+    | {format: (format, "bf16", "fp16") for format in ("int8", "fp8_block")},
 }
 # What K, and N within a part, of each of an op's GEMMs are called in its documentation.
 K_AND_N = {
@@ -79,6 +82,7 @@ class Problem(NamedTuple):
     out_dtype: torch.dtype | None = None
     bias_dtype: torch.dtype | None = None
     num_groups: int = 1  # of topk
+    packed: bool = False  # the weights are results of pack_weight
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def _triton(p: Problem) -> str | None:
     return (
         _not_built(p, "triton", "the triton package is not installed")
         or _needs_sm(p, range(80, 1000), "sm80 or later")
-        or _needs_format(p, "triton", weight_only=True)
+        or _needs_format(p, "triton")
     )
 
 
@@ -156,7 +160,7 @@ def _cutlass_sm80(p: Problem) -> str | None:
 def _cutlass_sm90(p: Problem) -> str | None:
     return (
         _cutlass(p, "cutlass_sm90", (90,), "sm90")
-        or _needs_aligned_rows(p, within_parts=True)
+        or (_needs_whole_blocks(p) if p.packed else _needs_aligned_rows(p, within_parts=True))
         or _at_most("experts", p.num_experts, 1024)
     )
 
@@ -200,14 +204,18 @@ def _at_most(what: str, value: int | None, limit: int) -> str | None:
     return f"takes at most {limit} {what}, got {value}" if value and value > limit else None
 
 
-def _needs_format(p: Problem, backend: str, weight_only: bool = False) -> str | None:
+def _needs_format(p: Problem, backend: str) -> str | None:
     if p.op not in GEMM_OPS:
         return None
-    if p.format not in GEMM_FORMATS[backend]:
-        return f"multiplies {', '.join(GEMM_FORMATS[backend])}, got {p.format}"
-    same = p.act_format in ("", p.format)
-    if not same and not (weight_only and p.act_format in ("bf16", "fp16")):
-        return f"needs activations in the format of the weights, got {p.act_format} with {p.format}"
+    formats = GEMM_FORMATS[backend]
+    if p.format not in formats:
+        return f"multiplies {', '.join(formats)}, got {p.format}"
+    acts = formats[p.format]
+    if (p.act_format or p.format) not in acts:
+        return f"multiplies {p.format} weights by {' or '.join(acts)} activations, got {p.act_format or p.format}"
+    packed = backend == "cutlass_sm90" and p.format in PACKABLE
+    if p.packed != packed:
+        return "needs weights packed by pack_weight" if packed else "needs weights as they are stored, got packed ones"
     return None
 
 
@@ -222,6 +230,15 @@ def _needs_aligned_rows(p: Problem, within_parts: bool = False) -> str | None:
             return f"needs {k_name} to be a multiple of {k_multiple}, got {k}"
         if height % 8:
             return f"needs {height_name} to be a multiple of 8, got {height}"
+    return None
+
+
+def _needs_whole_blocks(p: Problem) -> str | None:
+    """Packed weights are blocks, which do not cross parts."""
+    for (n, k, parts), names in zip(p.gemms, K_AND_N[p.op], strict=False):
+        for size, name in zip((k, n // parts), names, strict=True):
+            if size % BLOCK:
+                return f"needs {name} to be a multiple of {BLOCK} for packed weights, got {size}"
     return None
 
 
@@ -257,14 +274,14 @@ def expect_gpu_format(op: str, device_type: str, format: str, act_format: str = 
     """Refuses what no GPU backend multiplies yet, in the fake as well as in the op."""
     if device_type != "cuda" or op not in GEMM_OPS:
         return
-    backends = [name for name in CANDIDATES[op] if name in GEMM_FORMATS]
-    taken = [name for name in FORMATS if any(name in GEMM_FORMATS[backend] for backend in backends)]
+    taken = [GEMM_FORMATS[name] for name in CANDIDATES[op] if name in GEMM_FORMATS]
     not_yet = "there are no GPU kernels for it yet; CPU tensors and the reference backend take every format"
-    if format not in taken:
-        expected = f"{', '.join(taken[:-1])} or {taken[-1]}"
-        raise RuntimeError(f"{op}: format: expected {expected} on a GPU, got {format} ({not_yet})")
-    if act_format not in ("", format, "bf16", "fp16"):
-        raise RuntimeError(f"{op}: act_format: expected {format}, bf16 or fp16 on a GPU, got {act_format} ({not_yet})")
+    formats = [name for name in FORMATS if any(name in table for table in taken)]
+    acts = list(dict.fromkeys(act for table in taken for act in table.get(format, ())))
+    for name, value, choices in (("format", format, formats), ("act_format", act_format or format, acts)):
+        if value not in choices:
+            expected = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+            raise RuntimeError(f"{op}: {name}: expected {expected} on a GPU, got {value} ({not_yet})")
 
 
 @cache
@@ -305,12 +322,13 @@ def explain(
     b_parts: int = 1,
     out_dtype: torch.dtype | None = None,
     bias_dtype: torch.dtype | None = None,
+    packed: bool = False,
 ) -> Explanation:
     """Which backend runs a problem, and what every candidate says about it: ``print(explain(...))``.
 
     Facts left out raise no objection. `hidden_size` and `intermediate_size` are fused_moe's; `n`, `k` and `b_parts` are
     grouped_gemm's. `device` is the current GPU, or the CPU of a machine without one; `sm` (90 for 9.0) asks about
-    another GPU, with the kernels of this build.
+    another GPU, with the kernels of this build. `packed`: the weights are results of `pack_weight`.
     """
     if op not in CANDIDATES:
         raise RuntimeError(f"explain: op: expected one of {', '.join(OPS)}, got {op}")
@@ -327,4 +345,4 @@ def explain(
     sm = compute_capability(device) if sm is None else sm
     built = built_backends(op, device.type)
     facts = (format, act_format, activation, gemms, num_experts, top_k, out_dtype, bias_dtype)
-    return explain_problem(Problem(op, device.type, sm, built, *facts))
+    return explain_problem(Problem(op, device.type, sm, built, *facts, packed=packed))

@@ -3,8 +3,9 @@
     forward(hidden_states [T, H], topk_weights f32 [T, K], topk_ids i32 [T, K]) -> output [T, H]   (moe::fused_moe)
 
 It holds the weights w13 [E, 2I, H/pack] (gate over up) and w2 [E, H, I/pack] with their scales, and nothing else:
-routing happens outside, and nothing is repacked, cached or changed after construction. `Experts.from_weights` quantises
-bf16 weights; the constructor takes the tensors of a checkpoint that is quantised already.
+routing happens outside, and nothing is cached or changed after construction (`packed` makes another module).
+`Experts.from_weights` quantises bf16 weights; the constructor takes the tensors of a checkpoint that is quantised
+already.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .activations import LAYOUTS, get_activation
-from .formats import get_format, quantize_weight
+from .formats import quantize_weight
 from .meta_kernels._check import expect_choice, refuse
 from .meta_kernels.act_mul import check_activation
 from .meta_kernels.grouped_gemm import check_formats, check_weight
+from .packed_weights import is_packed, pack_weight, weight_sizes
 
 TENSORS = (
     "w13",
@@ -149,6 +151,17 @@ class Experts(nn.Module):
             **options,
         )
 
+    def packed(self) -> Experts:
+        """The same experts with their 4-bit weights and scales as the SM90 kernels read them: see `pack_weight`."""
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        for name in ("w13", "w2"):
+            if not is_packed(tensors[name]):
+                tensors[name] = pack_weight(tensors[name], tensors[f"{name}_scale"], self.format)
+                tensors[f"{name}_scale"] = None
+        return Experts(
+            tensors.pop("w13"), tensors.pop("w2"), **tensors, **{name: getattr(self, name) for name in SETTINGS}
+        )
+
     def forward(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """hidden_states [T, H] bf16 or fp16, topk_weights f32 [T, K], topk_ids i32 [T, K] (-1: not here) -> [T, H]."""
         return torch.ops.moe.fused_moe(hidden_states, self.w13, self.w2, topk_weights, topk_ids, **self.options())
@@ -163,11 +176,11 @@ class Experts(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        return self.w2.shape[1]
+        return weight_sizes(self.w2, self.format)[1]
 
     @property
     def intermediate_size(self) -> int:
-        return self.w2.shape[2] * get_format("Experts", self.format).pack
+        return weight_sizes(self.w2, self.format)[2]
 
     def extra_repr(self) -> str:
         formats = self.format if self.act_format in ("", self.format) else f"{self.format} x {self.act_format}"
@@ -178,7 +191,7 @@ class Experts(nn.Module):
         """Refuses at load time what moe::fused_moe would refuse at the first call."""
         weights, _ = check_formats("Experts", self.format, self.act_format)
         check_activation("Experts", self.activation, self.alpha, self.beta, self.limit)
-        if self.w2.dim() != 3:
+        if self.w2.dim() not in (3, 4):
             refuse("Experts", "w2", "[E, H, I]", list(self.w2.shape))
         parts = 2 if get_activation("Experts", self.activation).gated else 1
         for name, n, k, name_parts in (

@@ -1,7 +1,8 @@
 // torch.ops.moe.fused_moe.cutlass_sm90: the whole layer in one call.
 //   sort_slots -> permute (+ quantise) -> both GEMMs with the activation (+ requantise) in between -> finalize
 // or, where the two GEMMs cannot be one launch (no gate, interleaved w13), GEMM1 -> act_mul -> GEMM2.
-// Every intermediate is a tensor of torch's allocator, of the sizes that meta_kernels/_sizes.py states.
+// All intermediates lie in one tensor of torch's allocator, of the sizes that meta_kernels/_sizes.py states: an allocation costs the host
+// more than a launch.
 #include <torch/csrc/stable/library.h>
 
 #include "act_mul/act_mul.h"
@@ -21,130 +22,137 @@ namespace {
 
 constexpr const char* kOp = "fused_moe";
 
-// What the stages share: sizes, the format, and the maps of sort_slots.
+// What the stages share: sizes and the format.
 struct Layer {
-  int64_t num_tokens = 0, top_k = 0, num_rows = 0, hidden_size = 0, intermediate_size = 0;
+  int64_t num_tokens = 0, top_k = 0, num_rows = 0, num_experts = 0, hidden_size = 0, intermediate_size = 0;
   Format format = Format::bf16;
+  DType dtype = DType::bfloat16;  // of hidden_states and the output
   ActivationParams activation;
   GateUpLayout layout = GateUpLayout::gate_up;
-  const int32_t* expert_offsets = nullptr;
-  const int32_t* slot_to_row = nullptr;
-  int32_t* counters = nullptr;  // 0 at the start: what the GEMMs draw tiles from
+  bool fused = false;             // both GEMMs in one launch
+  FusedGemmsSizes sizes;
   cudaStream_t stream = nullptr;
+};
+
+// Device memory of a call, one piece after another from `base`.
+struct Intermediates {
+  int32_t *expert_offsets, *slot_to_row;
+  int32_t* counters;                // 0 at the start: what the GEMMs draw tiles from
+  uint8_t* sort_workspace;
+  QuantizedMatrix permuted, act;
+  float* gate_up;
+  void* expert_out;
+  int64_t bytes = 0;
+
+  Intermediates(const Layer& layer, uint8_t* base) {
+    const auto place = [&](auto*& piece, int64_t size) {
+      piece = reinterpret_cast<std::remove_reference_t<decltype(piece)>>(base + bytes);
+      bytes += round_up(size, 256);
+    };
+    const int64_t rows = layer.num_rows, element = has_scale(layer.format) ? 1 : 2;
+    const auto place_matrix = [&](QuantizedMatrix& matrix, int64_t k, bool mn_major) {
+      const int64_t columns = scale_columns(layer.format, k), padded = mn_major ? round_up(rows, 4) : rows;
+      uint8_t *values, *scale;
+      place(values, rows * k * element);
+      place(scale, padded * columns * 4);
+      matrix = {values, scale, k, mn_major ? 1 : columns, mn_major ? padded : 1};
+    };
+    place(expert_offsets, 4 * (layer.num_experts + 1));
+    place(slot_to_row, 4 * rows);
+    place(counters, 4 * layer.sizes.sync);
+    place(sort_workspace, static_cast<int64_t>(sort_slots_workspace_bytes(rows, static_cast<int32_t>(layer.num_experts))));
+    place_matrix(permuted, layer.hidden_size, false);  // K-major: the scales of a row are written together
+    place_matrix(act, layer.intermediate_size, true);  // MN-major: those of a tile's rows are
+    const int64_t parts = is_gated(layer.activation.kind) ? 2 : 1;
+    place(gate_up, 4 * (layer.fused ? layer.sizes.gate_up : rows * parts * layer.intermediate_size));
+    uint8_t* out;
+    place(out, rows * layer.hidden_size * 2);
+    expert_out = out;
+  }
 };
 
 void check_gemm(const char* argument, const char* reason) {
   if (reason != nullptr) refuse(kOp, argument, "a shape that this backend runs", reason);
 }
 
-// torch's allocator reuses memory in stream order: these may go as soon as the last launch that reads them is in the stream.
-struct Permuted {
-  Tensor expert_offsets, slot_to_row, counters;
-  QuantizedTensors rows;
-};
-
-// sort_slots and permute; one launch for few slots, else two.
-Permuted run_permute(Layer& layer, const Tensor& hidden_states, const Tensor& topk_ids, const std::optional<Tensor>& expert_map,
-                     int32_t num_experts, int64_t num_counters, const float* topk_weights) {
-  // The scales of a row are written together (K-major): MN-major they would be single floats all over memory.
-  const int64_t columns = scale_columns(layer.format, layer.hidden_size);
-  Permuted out{empty({num_experts + 1}, ScalarType::Int, topk_ids), empty({layer.num_tokens, layer.top_k}, ScalarType::Int, topk_ids),
-               empty({num_counters}, ScalarType::Int, topk_ids),
-               {empty({layer.num_rows, layer.hidden_size}, value_dtype(layer.format), hidden_states),
-                empty({layer.num_rows, columns}, ScalarType::Float, hidden_states), {}}};
-  out.rows.view = {out.rows.values.data_ptr(), out.rows.scale.data_ptr(), layer.hidden_size, columns, 1};
+// sort_slots and permute; one launch for few slots, else two or three.
+void run_permute(const Layer& layer, const Intermediates& m, const Tensor& hidden_states, const Tensor& topk_ids,
+                 const std::optional<Tensor>& expert_map, const float* topk_weights) {
   SortSlotsArgs sort;
   sort.topk_ids = pointer<const int32_t>(topk_ids);
   sort.expert_map = pointer<const int32_t>(expert_map);
-  sort.num_slots = topk_ids.numel();
+  sort.num_slots = layer.num_rows;
   sort.num_global_experts = expert_map ? static_cast<int32_t>(expert_map->size(0)) : 0;
-  sort.num_experts = num_experts;
+  sort.num_experts = static_cast<int32_t>(layer.num_experts);
   sort.num_rows = layer.num_rows;
-  sort.expert_offsets = pointer<int32_t>(out.expert_offsets);
-  sort.slot_to_row = pointer<int32_t>(out.slot_to_row);
-  sort.cleared = pointer<int32_t>(out.counters);
-  sort.num_cleared = num_counters;
+  sort.expert_offsets = m.expert_offsets;
+  sort.slot_to_row = m.slot_to_row;
+  sort.cleared = m.counters;
+  sort.num_cleared = layer.sizes.sync;
   PermuteArgs args;
   args.hidden_states = hidden_states.data_ptr();
-  args.dtype = float_dtype(hidden_states);
-  args.slot_to_row = sort.slot_to_row;
+  args.dtype = layer.dtype;
+  args.slot_to_row = m.slot_to_row;
   args.topk_weights = topk_weights;
   args.num_tokens = layer.num_tokens;
   args.top_k = static_cast<int32_t>(layer.top_k);
   args.num_rows = layer.num_rows;
   args.format = layer.format;
-  args.out = out.rows.view;
-  if (sort.num_slots > 0 && sort.num_slots <= kSortPermuteMaxSlots) {
-    check_cuda(kOp, sort_permute(sort, args, layer.stream));
-  } else {
-    const Tensor workspace = empty({static_cast<int64_t>(sort_slots_workspace_bytes(sort.num_slots, num_experts))}, ScalarType::Byte, topk_ids);
-    check_cuda(kOp, sort_slots(sort, workspace.data_ptr(), layer.stream));
-    check_cuda(kOp, permute(args, layer.stream));
-  }
-  layer.expert_offsets = sort.expert_offsets;
-  layer.slot_to_row = sort.slot_to_row;
-  layer.counters = sort.cleared;
-  return out;
+  args.out = m.permuted;
+  if (layer.num_rows > 0 && layer.num_rows <= kSortPermuteMaxSlots) return check_cuda(kOp, sort_permute(sort, args, layer.stream));
+  check_cuda(kOp, sort_slots(sort, m.sort_workspace, layer.stream));
+  check_cuda(kOp, permute(args, layer.stream));
 }
 
-void set_input(GroupedGemmArgs& args, const Layer& layer, const QuantizedTensors& a) {
-  args.a = a.values.data_ptr();
+void set_rows(GroupedGemmArgs& args, const Layer& layer, const Intermediates& m, const QuantizedMatrix& a) {
+  args.a = a.values;
   args.num_rows = layer.num_rows;
-  args.expert_offsets = layer.expert_offsets;
-  if (has_scale(layer.format))
-    args.a_scale = {static_cast<const float*>(a.view.scale), 0, a.view.scale_stride_row, a.view.scale_stride_k};
+  args.expert_offsets = m.expert_offsets;
+  if (has_scale(layer.format)) args.a_scale = {static_cast<const float*>(a.scale), 0, a.scale_stride_row, a.scale_stride_k};
 }
 
 // expert_out [num_rows, H] = act @ w2, act = quantize(activation(permuted @ w13)).
-Tensor run_gemms(const Layer& layer, GroupedGemmArgs gemm1, GroupedGemmArgs gemm2, const QuantizedTensors& permuted, const Tensor& like) {
-  const Tensor gate_up = empty({layer.num_rows, gemm1.n}, ScalarType::Float, like);
-  set_input(gemm1, layer, permuted);
-  gemm1.out = gate_up.data_ptr();
+void run_gemms(const Layer& layer, const Intermediates& m, GroupedGemmArgs gemm1, GroupedGemmArgs gemm2) {
+  set_rows(gemm1, layer, m, m.permuted);
+  gemm1.out = m.gate_up;
   gemm1.out_dtype = DType::float32;
-  check_cuda(kOp, grouped_gemm_sm90_counted(gemm1, layer.counters, layer.stream));
-  const QuantizedTensors act = empty_quantized(layer.format, layer.num_rows, layer.intermediate_size, like);
+  check_cuda(kOp, grouped_gemm_sm90_counted(gemm1, m.counters, layer.stream));
   ActMulArgs args;
-  args.gate_up = gate_up.data_ptr();
+  args.gate_up = m.gate_up;
   args.dtype = DType::float32;
-  args.expert_offsets = layer.expert_offsets;
-  args.num_experts = gemm1.num_experts;
+  args.expert_offsets = m.expert_offsets;
+  args.num_experts = static_cast<int32_t>(layer.num_experts);
   args.num_rows = layer.num_rows;
   args.activation = layer.activation;
   args.layout = layer.layout;
   args.format = layer.format;
-  args.out = act.view;
+  args.out = m.act;
   check_cuda(kOp, act_mul(args, layer.stream));
-  set_input(gemm2, layer, act);
-  Tensor expert_out = empty({layer.num_rows, layer.hidden_size}, like.scalar_type(), like);
-  gemm2.out = expert_out.data_ptr();
-  gemm2.out_dtype = float_dtype(like);
-  check_cuda(kOp, grouped_gemm_sm90_counted(gemm2, layer.counters + 1, layer.stream));
-  return expert_out;
+  set_rows(gemm2, layer, m, m.act);
+  gemm2.out = m.expert_out;
+  gemm2.out_dtype = layer.dtype;
+  check_cuda(kOp, grouped_gemm_sm90_counted(gemm2, m.counters + 1, layer.stream));
 }
 
 // The same in one launch.
-Tensor run_fused_gemms(const Layer& layer, FusedGemms fused, const FusedGemmsSizes& sizes, const QuantizedTensors& permuted, const Tensor& like) {
-  const QuantizedTensors act = empty_quantized(layer.format, layer.num_rows, layer.intermediate_size, like);
-  const Tensor gate_up = empty({sizes.gate_up}, ScalarType::Float, like);
-  Tensor expert_out = empty({layer.num_rows, layer.hidden_size}, like.scalar_type(), like);
-  set_input(fused.gemm1, layer, permuted);
-  set_input(fused.gemm2, layer, act);
-  fused.gemm1.out = act.values.data_ptr();
+void run_fused_gemms(const Layer& layer, const Intermediates& m, FusedGemms fused) {
+  set_rows(fused.gemm1, layer, m, m.permuted);
+  set_rows(fused.gemm2, layer, m, m.act);
+  fused.gemm1.out = m.act.values;
   fused.gemm1.out_dtype = fused.gemm1.ab_dtype;
-  fused.gemm2.out = expert_out.data_ptr();
-  fused.gemm2.out_dtype = float_dtype(like);
-  fused.gate_up = pointer<float>(gate_up);
-  fused.sync = layer.counters;
+  fused.gemm2.out = m.expert_out;
+  fused.gemm2.out_dtype = layer.dtype;
+  fused.gate_up = m.gate_up;
+  fused.sync = m.counters;
   check_cuda(kOp, fused_gemms_sm90(fused, layer.stream));
-  return expert_out;
 }
 
-Tensor run_finalize(const Layer& layer, const Tensor& expert_out, const float* topk_weights, double routed_scaling_factor) {
-  Tensor output = empty({layer.num_tokens, layer.hidden_size}, expert_out.scalar_type(), expert_out);
+Tensor run_finalize(const Layer& layer, const Intermediates& m, const Tensor& like, const float* topk_weights, double routed_scaling_factor) {
+  Tensor output = empty({layer.num_tokens, layer.hidden_size}, like.scalar_type(), like);
   FinalizeArgs args;
-  args.expert_out = expert_out.data_ptr();
-  args.dtype = float_dtype(expert_out);
-  args.slot_to_row = layer.slot_to_row;
+  args.expert_out = m.expert_out;
+  args.dtype = layer.dtype;
+  args.slot_to_row = m.slot_to_row;
   args.topk_weights = topk_weights;
   args.num_tokens = layer.num_tokens;
   args.num_rows = layer.num_rows;
@@ -165,15 +173,17 @@ Tensor fused_moe_sm90(const Tensor& hidden_states, const Tensor& w13, const Tens
                       const std::optional<double>& limit, double routed_scaling_factor, bool apply_router_weight_on_input,
                       const std::string& w13_layout) {
   Layer layer;
-  layer.format = parse_format(kOp, format);
+  const Format weight_format = parse_format(kOp, format);
+  const bool packed = packing_of(w13, weight_format) != Packing::none;
+  layer.format = act_format_of(w13, weight_format);
   MOE_EXPECT(layer.format == Format::bf16 || layer.format == Format::fp16 || layer.format == Format::fp8_block, kOp, "format",
-             "bf16, fp16 or fp8_block for this backend", format);
-  MOE_EXPECT(act_format.empty() || act_format == format, kOp, "act_format", format << " for this backend", act_format);
-  const std::pair<const char*, const std::optional<Tensor>&> global_scales[] = {{"w13_global_scale", w13_global_scale},
-                                                                                {"w2_global_scale", w2_global_scale},
-                                                                                {"a13_global_scale", a13_global_scale},
+             "bf16, fp16, fp8_block or packed nvfp4 or mxfp4 for this backend", format);
+  const std::string expected_acts = packed ? "bf16" : format;
+  MOE_EXPECT((act_format.empty() ? format : act_format) == expected_acts, kOp, "act_format", expected_acts << " for this backend", act_format);
+  MOE_EXPECT(packing_of(w2, weight_format) == packing_of(w13, weight_format), kOp, "w2", "packed like w13", describe(w2));
+  const std::pair<const char*, const std::optional<Tensor>&> global_scales[] = {{"a13_global_scale", a13_global_scale},
                                                                                 {"a2_global_scale", a2_global_scale}};
-  for (const auto& [name, scale] : global_scales) MOE_EXPECT(!scale, kOp, name, "none for " << format, describe(*scale));
+  for (const auto& [name, scale] : global_scales) MOE_EXPECT(!scale, kOp, name, "none for " << expected_acts, describe(*scale));
   layer.activation = parse_activation(kOp, activation, alpha, beta, limit);
   layer.layout = parse_layout(kOp, "w13_layout", w13_layout);
   expect_tensor(kOp, "hidden_states", hidden_states, {ScalarType::BFloat16, ScalarType::Half}, {"T", "H"}, hidden_states);
@@ -188,14 +198,17 @@ Tensor fused_moe_sm90(const Tensor& hidden_states, const Tensor& w13, const Tens
   MOE_EXPECT(!apply_router_weight_on_input || layer.top_k == 1, kOp, "apply_router_weight_on_input", "top_k 1",
              "top_k " + std::to_string(layer.top_k));
   const int64_t parts = is_gated(layer.activation.kind) ? 2 : 1;
-  const GroupedGemmArgs gemm1 = weight_args(kOp, "w13", w13, w13_scale, w13_bias, layer.format, parts, hidden_states);
-  const GroupedGemmArgs gemm2 = weight_args(kOp, "w2", w2, w2_scale, w2_bias, layer.format, 1, hidden_states);
+  const GroupedGemmArgs gemm1 = weight_args(kOp, "w13", w13, w13_scale, w13_global_scale, w13_bias, weight_format, parts, hidden_states);
+  const GroupedGemmArgs gemm2 = weight_args(kOp, "w2", w2, w2_scale, w2_global_scale, w2_bias, weight_format, 1, hidden_states);
   layer.intermediate_size = gemm2.k;
-  expect_tensor(kOp, "w13", w13, {w13.scalar_type()}, {w2.size(0), parts * gemm2.k, layer.hidden_size}, hidden_states);
-  expect_tensor(kOp, "w2", w2, {w2.scalar_type()}, {"E", layer.hidden_size, "I"}, hidden_states);
+  MOE_EXPECT(gemm1.num_experts == gemm2.num_experts && gemm1.n == parts * gemm2.k && gemm1.k == layer.hidden_size, kOp, "w13",
+             "sizes that fit hidden_states and w2", describe(w13));
+  MOE_EXPECT(gemm2.n == layer.hidden_size, kOp, "w2", "as many rows as hidden_states has columns", describe(w2));
   check_gemm("w13", grouped_gemm_sm90_why_not(gemm1));
   check_gemm("w2", grouped_gemm_sm90_why_not(gemm2));
   layer.num_rows = layer.num_tokens * layer.top_k;
+  layer.num_experts = gemm1.num_experts;
+  layer.dtype = float_dtype(hidden_states);
 
   FusedGemms fused{gemm1, gemm2};
   fused.gemm1.num_rows = fused.gemm2.num_rows = layer.num_rows;
@@ -205,17 +218,19 @@ Tensor fused_moe_sm90(const Tensor& hidden_states, const Tensor& w13, const Tens
   fused.expert_map = pointer<const int32_t>(expert_map);
   fused.num_slots = layer.num_rows;
   fused.num_global_experts = expert_map ? static_cast<int32_t>(expert_map->size(0)) : 0;
-  const bool can_fuse = layer.layout != GateUpLayout::interleaved && fused_gemms_sm90_why_not(gemm1, gemm2) == nullptr;
+  layer.fused = layer.layout != GateUpLayout::interleaved && fused_gemms_sm90_why_not(gemm1, gemm2) == nullptr;
 
   const CudaScope scope(hidden_states);
   layer.stream = scope.stream;
-  const FusedGemmsSizes sizes = can_fuse ? fused_gemms_sm90_sizes(fused) : FusedGemmsSizes{2, 0};
+  layer.sizes = layer.fused ? fused_gemms_sm90_sizes(fused) : FusedGemmsSizes{2, 0};
+  // torch's allocator reuses memory in stream order: it may go as soon as the last launch that reads it is in the stream.
+  const Tensor memory = empty({Intermediates(layer, nullptr).bytes}, ScalarType::Byte, hidden_states);
+  const Intermediates m(layer, static_cast<uint8_t*>(memory.data_ptr()));
   const float* weights = pointer<const float>(topk_weights);
-  const Permuted permuted =
-      run_permute(layer, hidden_states, topk_ids, expert_map, gemm1.num_experts, sizes.sync, apply_router_weight_on_input ? weights : nullptr);
-  const Tensor expert_out = can_fuse ? run_fused_gemms(layer, fused, sizes, permuted.rows, hidden_states)
-                                     : run_gemms(layer, gemm1, gemm2, permuted.rows, hidden_states);
-  return run_finalize(layer, expert_out, apply_router_weight_on_input ? nullptr : weights, routed_scaling_factor);
+  run_permute(layer, m, hidden_states, topk_ids, expert_map, apply_router_weight_on_input ? weights : nullptr);
+  if (layer.fused) run_fused_gemms(layer, m, fused);
+  else run_gemms(layer, m, gemm1, gemm2);
+  return run_finalize(layer, m, hidden_states, apply_router_weight_on_input ? nullptr : weights, routed_scaling_factor);
 }
 
 }  // namespace

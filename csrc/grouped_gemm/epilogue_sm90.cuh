@@ -81,8 +81,8 @@ struct NarrowEpilogue {
       }
       return;
     }
-    uint8_t* staging = smem.staging_ptr + warpgroup * 64 * 128;
-    const uint32_t base = smem.staging + warpgroup * 64 * 128;
+    uint8_t* staging = smem.staging_ptr + warpgroup * C::kStoreTokens * 128;
+    const uint32_t base = smem.staging + warpgroup * C::kStoreTokens * 128;
     auto packed = [&](int group, int half) {
       const int i = kFirst + 4 * group + 2 * half;
       return pack_16bit(g.out_dtype, total[i], total[i + 1]);
@@ -159,7 +159,18 @@ struct NarrowEpilogue {
     sync_threads(3, C::kConsumers);  // read, before a wide tile writes warp by warp
   }
 
+  // Packed weights are multiplied without their global scale, and smaller by a power of two.
+  __device__ void apply_global_scale(int wave) {
+    int32_t part, row;
+    wave_origin<C>(p, tile, wave, part, row);
+    const ScaleView& s = g.b_global_scale;
+    const float scale = kUnpackedScale<C::kPacking> * (s.data != nullptr ? __ldg(s.data + tile.expert * s.stride_group + part * s.stride_row) : 1.f);
+#pragma unroll
+    for (int i = 0; i < kWave; ++i) total[wave * kWave + i] *= scale;
+  }
+
   __device__ void run() {
+    if constexpr (C::kPacked) unrolled<C::kWaves>([&](auto w) { apply_global_scale(w); });
     if (g.bias != nullptr) unrolled<C::kWaves>([&](auto w) { add_bias(w); });
     if constexpr (C::kGated) {
       if (tile.gemm == 0) return store_activated();

@@ -21,24 +21,24 @@ Tensor grouped_gemm_with(const Launcher& launcher, const Tensor& a, const Tensor
                          const std::optional<Tensor>& a_global_scale, const std::optional<Tensor>& b_global_scale,
                          const std::optional<Tensor>& bias, const std::string& format, const std::string& act_format,
                          int64_t b_parts, const std::optional<ScalarType>& out_dtype) {
-  MOE_EXPECT(act_format.empty() || act_format == format, kOp, "act_format", format << " for this backend", act_format);
-  MOE_EXPECT(!a_global_scale, kOp, "a_global_scale", "none for " << format, describe(*a_global_scale));
-  MOE_EXPECT(!b_global_scale, kOp, "b_global_scale", "none for " << format, describe(*b_global_scale));
+  const Format parsed = parse_format(kOp, format), acts = act_format_of(b, parsed);
+  const std::string expected_acts = acts == parsed ? format : "bf16";
+  MOE_EXPECT((act_format.empty() ? format : act_format) == expected_acts, kOp, "act_format", expected_acts << " for this backend", act_format);
+  MOE_EXPECT(!a_global_scale, kOp, "a_global_scale", "none for " << expected_acts, describe(*a_global_scale));
   const bool is_16bit = a.scalar_type() == ScalarType::BFloat16 || a.scalar_type() == ScalarType::Half;
   const ScalarType dtype = out_dtype.value_or(is_16bit ? a.scalar_type() : ScalarType::BFloat16);
   MOE_EXPECT(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float, kOp, "out_dtype",
              "one of bfloat16, float16, float32", dtype_name(dtype));
   expect_tensor(kOp, "expert_offsets", expert_offsets, {ScalarType::Int}, {b.size(0) + 1}, a);
-  const Format parsed = parse_format(kOp, format);
-  GroupedGemmArgs args = weight_args(kOp, "b", b, b_scale, bias, parsed, b_parts, a);
-  expect_tensor(kOp, "a", a, {value_dtype(parsed)}, {"P", b.size(2)}, a);
-  if (has_scale(parsed)) {
-    expect_scale(kOp, "a_scale", a_scale, {a.size(0), scale_columns(parsed, a.size(1))}, a);
+  GroupedGemmArgs args = weight_args(kOp, "b", b, b_scale, b_global_scale, bias, parsed, b_parts, a);
+  expect_tensor(kOp, "a", a, {value_dtype(acts)}, {"P", args.k}, a);
+  if (has_scale(acts)) {
+    expect_scale(kOp, "a_scale", a_scale, {a.size(0), scale_columns(acts, a.size(1))}, a);
     args.a_scale = {pointer<const float>(*a_scale), 0, a_scale->stride(0), a_scale->stride(1)};
   }
   args.a = a.data_ptr();
   args.num_rows = a.size(0);
-  Tensor out = empty({a.size(0), b.size(1)}, dtype, a);
+  Tensor out = empty({a.size(0), args.n}, dtype, a);
   args.expert_offsets = pointer<const int32_t>(expert_offsets);
   args.out = out.data_ptr();
   args.out_dtype = float_dtype(out);

@@ -17,17 +17,26 @@ struct ScaleView {
   int64_t stride_k = 0;
 };
 
+// How b is stored: rows of ab_dtype, or 64 x 64 blocks of 4-bit values and their scales (torch_moe_ops/packed_weights.py), which are
+// multiplied as numbers of ab_dtype.
+enum class Packing : int { none = 0, nvfp4 = 1, mxfp4 = 2 };
+
+constexpr int kPackedBlock = 64;  // rows, and k
+constexpr int packed_block_bytes(Packing packing) { return 64 * 64 / 2 + 64 * 64 / (packing == Packing::nvfp4 ? 16 : 32); }
+
 struct GroupedGemmArgs {
   const void* a = nullptr;                 // [num_rows, k] row-major
-  const void* b = nullptr;                 // [num_experts, n, k] row-major
+  const void* b = nullptr;                 // [num_experts, n, k] row-major, or packed
   void* out = nullptr;                     // [num_rows, n] row-major
   const int32_t* expert_offsets = nullptr; // [num_experts + 1]
   const void* bias = nullptr;              // [num_experts, n] or null
   DType ab_dtype = DType::bfloat16;        // of a and b: bfloat16, float16, or float8_e4m3 (the 1x128 x 128x128 block-scaled format)
   DType out_dtype = DType::bfloat16;       // bfloat16, float16 or float32
   DType bias_dtype = DType::bfloat16;
+  Packing packing = Packing::none;
   ScaleView a_scale;                       // float8 only: rows = num_rows
   ScaleView b_scale;                       // float8 only: rows = 128-blocks of n, counted within each of the b_parts
+  ScaleView b_global_scale;                // packed only: [num_experts, b_parts] (stride_row: of the parts), or no data for 1
   int32_t num_experts = 0, n = 0, k = 0;
   int32_t b_parts = 1;                     // b[e] is this many equally tall matrices on top of each other (2: gate over up)
   int64_t num_rows = 0;                    // rows allocated; rows in use = expert_offsets[num_experts]

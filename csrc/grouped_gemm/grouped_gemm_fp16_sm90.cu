@@ -1,16 +1,4 @@
 // The fp16 tile configurations of the SM90 grouped GEMM.
 #include "grouped_gemm/launch_sm90.cuh"
 
-namespace moe::sm90 {
-
-template <>
-cudaError_t launch_element<__half>(int32_t rows, const GroupedGemmArgs& args, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
-  return launch_element_impl<__half>(rows, args, tile_counter, num_sms, stream);
-}
-
-template <>
-cudaError_t launch_fused_element<__half>(const FusedGemms& f, int num_sms, cudaStream_t stream) {
-  return launch_fused_element_impl<__half>(f, num_sms, stream);
-}
-
-}  // namespace moe::sm90
+MOE_SM90_LAUNCHERS(__half, Packing::none)

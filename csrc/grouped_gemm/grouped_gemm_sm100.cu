@@ -37,6 +37,7 @@ bool is_fp8(const GroupedGemmArgs& args) { return args.ab_dtype == DType::float8
 }  // namespace
 
 const char* grouped_gemm_sm100_why_not(const GroupedGemmArgs& args) {
+  if (args.packing != Packing::none) return "weights must be as they are stored, not packed";
   if (!is_fp8(args) && args.ab_dtype != DType::bfloat16) return "the SM100 kernels multiply bfloat16 and float8_e4m3";
   return why_not_cutlass(args);
 }

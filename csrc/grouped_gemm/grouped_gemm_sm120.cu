@@ -35,6 +35,7 @@ using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
 }  // namespace
 
 const char* grouped_gemm_sm120_why_not(const GroupedGemmArgs& args) {
+  if (args.packing != Packing::none) return "weights must be as they are stored, not packed";
   if (args.ab_dtype != DType::float8_e4m3) return "the SM120 kernel multiplies float8_e4m3";
   return why_not_cutlass(args);
 }

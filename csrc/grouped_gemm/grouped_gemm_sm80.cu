@@ -322,6 +322,7 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 }  // namespace
 
 const char* grouped_gemm_sm80_why_not(const GroupedGemmArgs& args) {
+  if (args.packing != Packing::none) return "weights must be as they are stored, not packed";
   if (args.ab_dtype != DType::bfloat16 && args.ab_dtype != DType::float16 && args.ab_dtype != DType::int8) {
     return "the SM80 kernel multiplies bfloat16, float16 and int8";
   }

@@ -29,6 +29,10 @@ const char* grouped_gemm_sm90_why_not(const GroupedGemmArgs& args) {
   const int element = args.ab_dtype == DType::float8_e4m3 ? 1 : 2;
   if (args.ab_dtype != DType::bfloat16 && args.ab_dtype != DType::float16 && args.ab_dtype != DType::float8_e4m3)
     return "a and b must be bfloat16, float16 or float8_e4m3fn";
+  if (args.packing != Packing::none) {
+    if (args.ab_dtype != DType::bfloat16) return "packed weights are multiplied by bfloat16 activations";
+    if (args.n / args.b_parts % kPackedBlock != 0 || args.k % kPackedBlock != 0) return "packed weights come in blocks of 64 x 64";
+  }
   if (args.k * element % 16 != 0) return "rows of a and b must be a multiple of 16 bytes long (TMA)";
   if (reinterpret_cast<uintptr_t>(args.a) % 16 != 0 || reinterpret_cast<uintptr_t>(args.b) % 16 != 0)
     return "a and b must start at multiples of 16 bytes (TMA)";
@@ -47,6 +51,16 @@ cudaError_t count_sms(int* num_sms) {
   return cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
 }
 
+// Calls f.operator()<Element, Packing>() for what the arguments hold.
+template <class F>
+auto with_element(const GroupedGemmArgs& args, F&& f) {
+  if (args.packing == Packing::nvfp4) return f.template operator()<__nv_bfloat16, Packing::nvfp4>();
+  if (args.packing == Packing::mxfp4) return f.template operator()<__nv_bfloat16, Packing::mxfp4>();
+  if (args.ab_dtype == DType::float8_e4m3) return f.template operator()<__nv_fp8_e4m3, Packing::none>();
+  if (args.ab_dtype == DType::float16) return f.template operator()<__half, Packing::none>();
+  return f.template operator()<__nv_bfloat16, Packing::none>();
+}
+
 }  // namespace
 
 cudaError_t grouped_gemm_sm90_counted(const GroupedGemmArgs& args, int32_t* tile_counter, cudaStream_t stream) {
@@ -55,11 +69,7 @@ cudaError_t grouped_gemm_sm90_counted(const GroupedGemmArgs& args, int32_t* tile
   int num_sms = 0;
   if (auto e = count_sms(&num_sms)) return e;
   const int32_t rows = sm90::choose_tile_rows(args.num_rows, args.num_experts, args.n / args.b_parts, args.b_parts, num_sms);
-  switch (args.ab_dtype) {
-    case DType::float8_e4m3: return sm90::launch_element<__nv_fp8_e4m3>(rows, args, tile_counter, num_sms, stream);
-    case DType::bfloat16: return sm90::launch_element<__nv_bfloat16>(rows, args, tile_counter, num_sms, stream);
-    default: return sm90::launch_element<__half>(rows, args, tile_counter, num_sms, stream);
-  }
+  return with_element(args, [&]<class Element, Packing kPacking>() { return sm90::launch_element<Element, kPacking>(rows, args, tile_counter, num_sms, stream); });
 }
 
 cudaError_t grouped_gemm_sm90(const GroupedGemmArgs& args, void* workspace, cudaStream_t stream) {
@@ -77,9 +87,9 @@ const char* fused_gemms_sm90_why_not(const GroupedGemmArgs& gemm1, const Grouped
 FusedGemmsSizes fused_gemms_sm90_sizes(const FusedGemms& f) {
   int num_sms = 0;
   if (count_sms(&num_sms) != cudaSuccess) return {};
-  auto sizes = [&]<class C>() { return sm90::fused_sizes<C>(f); };
-  return f.gemm1.ab_dtype == DType::float8_e4m3 ? sm90::with_fused_config<__nv_fp8_e4m3>(f, num_sms, sizes)
-                                                : sm90::with_fused_config<__nv_bfloat16>(f, num_sms, sizes);
+  return with_element(f.gemm1, [&]<class Element, Packing kPacking>() {
+    return sm90::with_fused_config<Element, kPacking>(f, num_sms, [&]<class C>() { return sm90::fused_sizes<C>(f); });
+  });
 }
 
 cudaError_t fused_gemms_sm90(const FusedGemms& f, cudaStream_t stream) {
@@ -87,11 +97,7 @@ cudaError_t fused_gemms_sm90(const FusedGemms& f, cudaStream_t stream) {
   if (fused_gemms_sm90_why_not(f.gemm1, f.gemm2) != nullptr) return cudaErrorInvalidValue;
   int num_sms = 0;
   if (auto e = count_sms(&num_sms)) return e;
-  switch (f.gemm1.ab_dtype) {
-    case DType::float8_e4m3: return sm90::launch_fused_element<__nv_fp8_e4m3>(f, num_sms, stream);
-    case DType::bfloat16: return sm90::launch_fused_element<__nv_bfloat16>(f, num_sms, stream);
-    default: return sm90::launch_fused_element<__half>(f, num_sms, stream);
-  }
+  return with_element(f.gemm1, [&]<class Element, Packing kPacking>() { return sm90::launch_fused_element<Element, kPacking>(f, num_sms, stream); });
 }
 
 }  // namespace moe

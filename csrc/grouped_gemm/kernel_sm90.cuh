@@ -39,13 +39,16 @@ namespace moe::sm90 {
 
 constexpr int kMaxExperts = 1024;
 constexpr int kTileSlots = 8;       // tiles drawn and not finished
-constexpr int kSmemLimit = 232448;  // bytes a thread block can have on SM90
+constexpr int kSmemLimit = 232448;  // bytes a thread block can have on SM90; two share 1 KiB more than that, and need 1 KiB each
 constexpr int kLanes = 32;
+constexpr int kRowBytes = 128;      // of K, of an operand row in shared memory
 
 // kRows = 64 * kWarpgroups * kWaves weight rows by up to kMaxTokens tokens.
-template <class Element_, int kMaxTokens_, int kWarpgroups_, int kWaves_, Mode kMode_>
+template <class Element_, int kMaxTokens_, int kWarpgroups_, int kWaves_, Mode kMode_, Packing kPacking_ = Packing::none, int kBlocksPerSm_ = 1>
 struct Config {
-  using Element = Element_;
+  using Element = Element_;  // of the tokens, and of what is multiplied
+  static constexpr Packing kPacking = kPacking_;
+  static constexpr bool kPacked = kPacking != Packing::none;
   static constexpr bool kFloat8 = std::is_same_v<Element, __nv_fp8_e4m3>;
   static constexpr Mode kMode = kMode_;
   static constexpr bool kFused = kMode != Mode::plain, kGated = kMode == Mode::gated, kSplit = kMode == Mode::split;
@@ -56,25 +59,33 @@ struct Config {
   // Warps that load tokens. Split: tiles with as few as two K blocks, and a latency for each.
   static constexpr int kTokenWarps = !kFloat8 ? 1 : kSplit ? 7 : 3;
   static constexpr int kThreads = kConsumers + (kTokenWarps < 4 ? 128 : 256);
-  static constexpr int kWeightBytes = kRows * 128, kTokenBytes = kMaxTokens * 128;
+  static constexpr int kBlockBytes = packed_block_bytes(kPacking);  // packed: of 64 weight rows
+  static constexpr int kWeightBytes = kPacked ? kRows / kPackedBlock * kBlockBytes : kRows * 128, kTokenBytes = kMaxTokens * 128;
   static constexpr int kWaveScales = kFloat8 ? kMaxTokens : 0;  // floats a wave and stage
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes + 4 * kWaves * kWaveScales;
-  // Epilogue: 64 tokens x 64 columns of 16 bits for each warpgroup. Gated float8, narrow: act [64, 128] bytes, amax
+  // Epilogue: up to 64 tokens (packed: 128) x 64 columns of 16 bits for each warpgroup. Gated float8, narrow: act [64, 128] bytes, amax
   // [8 warps, 64], 1/scale [64]; wide: act [16, 128] bytes for each warp.
-  static constexpr int kStoreBytes = kWarpgroups * 64 * 128;
+  static constexpr int kStoreTokens = kPacked && kMaxTokens == 128 ? 128 : 64, kStoreBytes = kWarpgroups * kStoreTokens * 128;
   static constexpr int kQuantBytes = kGated && kFloat8 ? 64 * (128 + 4 * 4 * kWarpgroups + 4) : 0;
   static constexpr int kStagingBytes = kStoreBytes > kQuantBytes ? kStoreBytes : kQuantBytes;
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;  // 2: the latency of unpacking weights is hidden, but each tile takes longer
   static constexpr int kReaders = kConsumers / 32 + kTokenWarps;  // warps that are told of a tile
   static constexpr int kFixedBytes = 1024 + kStagingBytes + 8 * (kMaxExperts + 1) + 16 + 20 * 16 + kTileSlots * 64;
-  static constexpr int kFittingStages = (kSmemLimit - kFixedBytes) / kStageBytes;
+  static constexpr int kFittingStages = ((kBlocksPerSm == 2 ? kSmemLimit / 2 - 512 : kSmemLimit) - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFittingStages < 18 ? kFittingStages : 18;
   static constexpr int kSmemBytes = kFixedBytes + kStages * kStageBytes;
   // With 64 and 128 tokens in one kernel of two waves, ptxas runs out of registers and makes every wgmma wait (C7511):
   // 33 to 64 tokens then take a wide tile.
-  static constexpr bool kHas64 = kMaxTokens == 64 || (kMaxTokens == 128 && kWaves == 1);
-  static constexpr bool kHasWide = kMaxTokens == 128;
+  static constexpr bool kHas64 = kMaxTokens == 64 || (kMaxTokens == 128 && (kWaves == 1 || kPacked));
+  static constexpr bool kHasWide = kMaxTokens == 128 && !kPacked;  // packed weights are an operand in registers: the 64-row one
+  // Registers a thread, moved from producers to consumers. The three warpgroups start with 168 each (80 with two thread blocks an SM) and
+  // share exactly that: asking for more waits for ever.
   static constexpr bool kRebalanceRegisters = kWarpgroups == 2 && kThreads == 384;
-  static_assert(kMaxTokens == 32 || kMaxTokens == 64 || (kHasWide && kWarpgroups == 2), "a wide tile gives 64 tokens to each of two warpgroups");
+  static constexpr int kProducerRegisters = kBlocksPerSm == 2 ? 48 : 56, kConsumerRegisters = kBlocksPerSm == 2 ? 96 : 224;
+  static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (kBlocksPerSm == 2 ? 80 : 168));
+  static_assert(!kPacked || sizeof(Element) == 2);
+  static_assert(kBlocksPerSm == 1 || kMaxTokens == 32);
+  static_assert(kMaxTokens == 32 || kMaxTokens == 64 || (kMaxTokens == 128 && kWarpgroups == 2), "a wide tile gives 64 tokens to each of two warpgroups");
   static_assert(!kGated || (kWaves == 2 && kWaveRows == 128), "a float8 scale group is 128 channels");
   static_assert(!kSplit || kWaves == 1);
   static_assert(kStages >= 3 && kStages >= kTokenWarps);
@@ -109,10 +120,10 @@ struct Smem {
 
   __device__ explicit Smem(uint8_t* raw) {
     uint8_t* base = raw + (-cute::cast_smem_ptr_to_uint(raw) & 1023u);
-    weights = cute::cast_smem_ptr_to_uint(base);
-    tokens = weights + C::kStages * C::kWeightBytes;
-    staging = tokens + C::kStages * C::kTokenBytes;
-    staging_ptr = base + (staging - weights);
+    tokens = cute::cast_smem_ptr_to_uint(base);
+    weights = tokens + C::kStages * C::kTokenBytes;
+    staging = weights + C::kStages * C::kWeightBytes;
+    staging_ptr = base + (staging - tokens);
     scales = staging + C::kStagingBytes;
     full = reinterpret_cast<Barrier*>(staging_ptr + C::kStagingBytes + C::kStages * 4 * C::kWaves * C::kWaveScales);
     empty = full + C::kStages;
@@ -271,6 +282,19 @@ __device__ __forceinline__ void release_tile(const Smem<C>& smem, PipelineState<
   __syncwarp();
   if ((threadIdx.x & 31) == 0) smem.tile_empty[slot.stage].arrive();
   slot.advance();
+}
+
+// Done with a stage's operands.
+template <class C>
+__device__ __forceinline__ void release(const Smem<C>& smem, int stage) {
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) smem.empty[stage].arrive();
+}
+
+template <int kCount>
+__device__ __forceinline__ void clear(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) d[i] = 0.f;
 }
 
 // A thread's four token scales for two groups of eight tokens are neighbours: one 16-byte load in multiply_float8().

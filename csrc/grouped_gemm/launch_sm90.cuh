@@ -1,6 +1,7 @@
 // Host side of the SM90 grouped GEMM: tensor maps and the launch of one tile configuration.
 #pragma once
 #include <algorithm>
+#include <cmath>
 
 #include "common/dtypes.h"
 #include "common/launch.h"
@@ -44,15 +45,18 @@ cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args) {
   g.k_blocks = (args.k * int(sizeof(Element)) + 127) / 128;
   g.out_dtype = args.out_dtype;
   g.bias_dtype = args.bias_dtype;
+  g.b_global_scale = args.b_global_scale;
+  g.packed_weights = static_cast<const uint8_t*>(args.b);
   for (int size = 0; 8 << size <= C::kMaxTokens; ++size)
     if (auto e = make_tensor_map<Element>(&g.tokens[size], args.a, args.k, args.num_rows, 0, 8 << size)) return e;
+  if (C::kPacked) return cudaSuccess;
   return make_tensor_map<Element>(&g.weights, args.b, args.k, g.part_rows, int64_t(args.num_experts) * g.parts, C::kWaveRows);
 }
 
 template <class C>
 cudaError_t launch_kernel(const KernelParams& p, int64_t tiles, int num_sms, cudaStream_t stream) {
   if (auto e = cudaFuncSetAttribute(grouped_gemm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes)) return e;
-  return launch(grouped_gemm_kernel<C>, dim3(unsigned(tiles < num_sms ? tiles : num_sms)), dim3(C::kThreads), C::kSmemBytes, stream, p);
+  return launch(grouped_gemm_kernel<C>, dim3(unsigned(std::min<int64_t>(tiles, num_sms * C::kBlocksPerSm))), dim3(C::kThreads), C::kSmemBytes, stream, p);
 }
 
 template <class C>
@@ -124,40 +128,64 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
 // hardly any expert has more than 64.
 inline bool few_tokens(const GroupedGemmArgs& args) { return args.num_rows <= 48 * int64_t(args.num_experts); }
 
+// How many experts are hit if every row draws one at random.
+inline double expected_hit(const GroupedGemmArgs& args) { return args.num_experts * (1 - std::exp(-double(args.num_rows) / args.num_experts)); }
+
 // Calls f.operator()<Config>() with the configuration for two fused GEMMs. Split where tiles of 256 weight rows are too few to keep
 // the memory busy (DeepSeek-V3 TP8 at one token has 16 of them in GEMM1, Mixtral 32 in GEMM2) and an expert has few tokens.
-template <class Element, class F>
+template <class Element, Packing kPacking, class F>
 auto with_fused_config(const FusedGemms& fused, int num_sms, F&& f) {
   const GroupedGemmArgs &gemm1 = fused.gemm1, &gemm2 = fused.gemm2;
   const int64_t hit = std::min<int64_t>(gemm1.num_rows, gemm1.num_experts);  // at most
   auto tiles = [&](int64_t rows, int64_t tile_rows) { return hit * ((rows + tile_rows - 1) / tile_rows); };
-  if (gemm1.num_rows <= 8 * int64_t(gemm1.num_experts) && std::min(tiles(gemm1.n, 256), tiles(gemm2.n, 256)) < 2 * num_sms)
-    return tiles(gemm1.n, 128) < num_sms / 2 ? f.template operator()<Config<Element, 32, 1, 1, Mode::split>>()
-                                             : f.template operator()<Config<Element, 32, 2, 1, Mode::split>>();
-  if (few_tokens(gemm1)) return f.template operator()<Config<Element, 64, 2, 2, Mode::gated>>();
-  return f.template operator()<Config<Element, 128, 2, 2, Mode::gated>>();
+  const bool split = gemm1.num_rows <= 8 * int64_t(gemm1.num_experts) && std::min(tiles(gemm1.n, 256), tiles(gemm2.n, 256)) < 2 * num_sms;
+  if constexpr (kPacking != Packing::none) {
+    // Two thread blocks an SM, where each gets a few tiles: with less, the longer tiles end later than one round of them saves.
+    const bool many = expected_hit(gemm1) * ((gemm1.n + (split ? 127 : 255)) / (split ? 128 : 256)) >= 4.5 * num_sms;
+    if (many && split) return f.template operator()<Config<Element, 32, 2, 1, Mode::split, kPacking, 2>>();
+    if (many && gemm1.num_rows <= 12 * int64_t(gemm1.num_experts)) return f.template operator()<Config<Element, 32, 2, 2, Mode::gated, kPacking, 2>>();
+  }
+  if (split)
+    return tiles(gemm1.n, 128) < num_sms / 2 ? f.template operator()<Config<Element, 32, 1, 1, Mode::split, kPacking>>()
+                                             : f.template operator()<Config<Element, 32, 2, 1, Mode::split, kPacking>>();
+  if (few_tokens(gemm1)) return f.template operator()<Config<Element, 64, 2, 2, Mode::gated, kPacking>>();
+  return f.template operator()<Config<Element, 128, 2, 2, Mode::gated, kPacking>>();
 }
 
-// One translation unit per element type defines these. rows: choose_tile_rows().
-template <class Element>
+// One translation unit per element type and packing defines these. rows: choose_tile_rows().
+template <class Element, Packing kPacking>
 cudaError_t launch_element(int32_t rows, const GroupedGemmArgs&, int32_t* tile_counter, int num_sms, cudaStream_t);
-template <class Element>
+template <class Element, Packing kPacking>
 cudaError_t launch_fused_element(const FusedGemms&, int num_sms, cudaStream_t);
 
-template <class Element>
+template <class Element, Packing kPacking>
 cudaError_t launch_element_impl(int32_t rows, const GroupedGemmArgs& args, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
   switch (rows) {
-    case 64: return launch_plain<Config<Element, 64, 1, 1, Mode::plain>>(args, tile_counter, num_sms, stream);
-    case 128: return launch_plain<Config<Element, 128, 2, 1, Mode::plain>>(args, tile_counter, num_sms, stream);
+    case 64: return launch_plain<Config<Element, 64, 1, 1, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
+    case 128: return launch_plain<Config<Element, 128, 2, 1, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
     default:
-      return few_tokens(args) ? launch_plain<Config<Element, 64, 2, 2, Mode::plain>>(args, tile_counter, num_sms, stream)
-                              : launch_plain<Config<Element, 128, 2, 2, Mode::plain>>(args, tile_counter, num_sms, stream);
+      return few_tokens(args) ? launch_plain<Config<Element, 64, 2, 2, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream)
+                              : launch_plain<Config<Element, 128, 2, 2, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
   }
 }
 
-template <class Element>
+template <class Element, Packing kPacking>
 cudaError_t launch_fused_element_impl(const FusedGemms& f, int num_sms, cudaStream_t stream) {
-  return with_fused_config<Element>(f, num_sms, [&]<class C>() { return launch_fused<C>(f, num_sms, stream); });
+  return with_fused_config<Element, kPacking>(f, num_sms, [&]<class C>() { return launch_fused<C>(f, num_sms, stream); });
 }
 
 }  // namespace moe::sm90
+
+// The whole of such a translation unit.
+#define MOE_SM90_LAUNCHERS(ELEMENT, PACKING)                                                                                          \
+  namespace moe::sm90 {                                                                                                               \
+  template <>                                                                                                                         \
+  cudaError_t launch_element<ELEMENT, PACKING>(int32_t rows, const GroupedGemmArgs& args, int32_t* tile_counter, int num_sms,         \
+                                               cudaStream_t stream) {                                                                 \
+    return launch_element_impl<ELEMENT, PACKING>(rows, args, tile_counter, num_sms, stream);                                          \
+  }                                                                                                                                   \
+  template <>                                                                                                                         \
+  cudaError_t launch_fused_element<ELEMENT, PACKING>(const FusedGemms& f, int num_sms, cudaStream_t stream) {                         \
+    return launch_fused_element_impl<ELEMENT, PACKING>(f, num_sms, stream);                                                           \
+  }                                                                                                                                   \
+  }

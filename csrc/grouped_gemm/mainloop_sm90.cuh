@@ -4,24 +4,11 @@
 //   wide:   wave w is total[w * 64 ..]          = [64 tokens of this warpgroup, 128 weight rows]
 // in wgmma's register layout (mma_sm90.cuh).
 #pragma once
-#include "grouped_gemm/kernel_sm90.cuh"
+#include "grouped_gemm/packed_mainloop_sm90.cuh"
 
 namespace moe::sm90 {
 
-constexpr int kRowBytes = 128;             // of K, of an operand row in shared memory
 constexpr int kWideBytes = 128 * kRowBytes;  // 128 weight rows: wave w + 1 after wave w
-
-template <class C>
-__device__ __forceinline__ void release(const Smem<C>& smem, int stage) {
-  __syncwarp();
-  if ((threadIdx.x & 31) == 0) smem.empty[stage].arrive();
-}
-
-template <int kCount>
-__device__ __forceinline__ void clear(float (&d)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) d[i] = 0.f;
-}
 
 // Low words of the descriptors of a stage's operands. The 64-row operand of a narrow tile is this warpgroup's weight rows,
 // of a wide one its tokens.
@@ -179,7 +166,9 @@ __device__ __forceinline__ void multiply_16bit(const Smem<C>& smem, PipelineStat
 template <class C, int kTokens>
 __device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, int warpgroup,
                                          float (&total)[C::kWaves * kTokens / 2]) {
-  if constexpr (C::kFloat8) {
+  if constexpr (C::kPacked) {
+    multiply_packed<C, kTokens>(smem, pipe, k_blocks, warpgroup, total);
+  } else if constexpr (C::kFloat8) {
     multiply_float8<C, kTokens>(smem, pipe, k_blocks, warpgroup, total);
   } else {
     multiply_16bit<C>(smem, pipe, k_blocks, total, [&](int stage) {

@@ -1,4 +1,4 @@
-// wgmma with both operands in shared memory: d[64, N] (+)= a[64, 32 bytes of K] * b[N, 32 bytes of K]^T, float32 d.
+// wgmma, both operands in shared memory: d[64, N] (+)= a[64, 32 bytes of K] * b[N, 32 bytes of K]^T, float32 d.
 // Thread t of the warpgroup holds, for token group j, d[4j + {0,1}] = (row 16*(t/32) + t%32/4, token 8j + 2*(t%4) + {0,1})
 // and d[4j + {2,3}] = the same eight rows below.
 #pragma once
@@ -60,6 +60,34 @@ struct Mma {
   __device__ static void run(uint32_t a, uint32_t b, float (&d)[kCount], bool accumulate) {  // low words
     static_assert(kOffset + kN / 2 <= kCount);
     expand(descriptor(a), descriptor(b), d, accumulate, std::make_index_sequence<kN / 2>{});
+  }
+};
+
+namespace detail {
+template <class Element, int kN> struct RegisterInstruction;
+#define MOE_INSTRUCTIONS(N)                                                                                                  \
+  template <> struct RegisterInstruction<__nv_bfloat16, N> { using type = gmma::MMA_64x##N##x16_F32BF16BF16_RS<kK, kK>; }; \
+  template <> struct RegisterInstruction<__half, N> { using type = gmma::MMA_64x##N##x16_F32F16F16_RS<kK, kK>; };
+MOE_INSTRUCTIONS(8)
+MOE_INSTRUCTIONS(16)
+MOE_INSTRUCTIONS(32)
+MOE_INSTRUCTIONS(64)
+MOE_INSTRUCTIONS(128)
+#undef MOE_INSTRUCTIONS
+}  // namespace detail
+
+// d[kOffset .. kOffset + kN / 2) += a * b^T with a [64, 16] in registers: those of thread t are (row 16*(t/32) + t%32/4 + 8*(j%2),
+// k 2*(t%4) + 8*(j/2) + {0,1}).
+template <class Element, int kN, size_t kOffset = 0>
+struct RegisterMma {
+  template <int kCount, size_t... kIndex>
+  __device__ static void expand(const uint32_t* a, uint64_t b, float (&d)[kCount], std::index_sequence<kIndex...>) {
+    detail::RegisterInstruction<Element, kN>::type::fma(a[0], a[1], a[2], a[3], b, d[kOffset + kIndex]..., cute::SM90::GMMA::ScaleOut::One);
+  }
+  template <int kCount>
+  __device__ static void run(const uint32_t* a, uint32_t b, float (&d)[kCount]) {  // b: a low word
+    static_assert(kOffset + kN / 2 <= kCount);
+    expand(a, descriptor(b), d, std::make_index_sequence<kN / 2>{});
   }
 };
 

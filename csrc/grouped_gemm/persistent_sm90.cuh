@@ -54,7 +54,9 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
         if constexpr (C::kHas64) narrow.template operator()<64>();
         break;
       default:
-        if constexpr (C::kHasWide) {
+        if constexpr (C::kPacked && C::kMaxTokens == 128) {
+          narrow.template operator()<128>();
+        } else if constexpr (C::kHasWide) {
           float total[C::kWaves * 64];
           multiply_wide<C>(smem, pipe, k_blocks, warpgroup, total);
           signal();
@@ -72,13 +74,8 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
   }
 }
 
-// Registers a thread, moved from producers to consumers. The three warpgroups start with 168 each and share exactly that:
-// asking for more waits for ever.
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
-static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168);
-
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1) grouped_gemm_kernel(const __grid_constant__ KernelParams p) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ uint8_t raw[];
   const Smem<C> smem(raw);
   static_assert(sizeof(CUtensorMap) == 128 && offsetof(GemmParams, tokens) == 128);
@@ -107,11 +104,11 @@ __global__ void __launch_bounds__(C::kThreads, 1) grouped_gemm_kernel(const __gr
   pdl_launch_next();
   const int warp = __shfl_sync(~0u, int(threadIdx.x / kLanes) - C::kConsumers / kLanes, 0);  // uniform, see consume()
   if (warp >= 0) {
-    if constexpr (C::kRebalanceRegisters) cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+    if constexpr (C::kRebalanceRegisters) cutlass::arch::warpgroup_reg_dealloc<C::kProducerRegisters>();
     if (warp == 0) load_weights<C>(p, smem, first_tile);
     else if (warp <= C::kTokenWarps) load_tokens<C>(p, smem, warp - 1);
   } else {
-    if constexpr (C::kRebalanceRegisters) cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+    if constexpr (C::kRebalanceRegisters) cutlass::arch::warpgroup_reg_alloc<C::kConsumerRegisters>();
     consume<C>(p, smem);
   }
 }

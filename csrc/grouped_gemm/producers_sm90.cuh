@@ -13,6 +13,34 @@ __device__ __forceinline__ void tma_load(uint32_t smem, const CUtensorMap* map, 
                "r"(cute::cast_smem_ptr_to_uint(&barrier)), "r"(c0), "r"(c1), "r"(c2) : "memory");
 }
 
+template <class C>
+constexpr int kBlocks = C::kRows / kPackedBlock;
+
+__device__ __forceinline__ void bulk_load(uint32_t smem, const void* source, uint32_t bytes, Barrier& barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem), "l"(source), "r"(bytes),
+               "r"(cute::cast_smem_ptr_to_uint(&barrier)) : "memory");
+}
+
+// Warp 0: a tile's packed weights, a block for each wave and warpgroup, and a lane for each of those; blocks past the last row are left out.
+template <class C>
+__device__ __forceinline__ void load_packed(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe) {
+  const GemmParams& g = p.gemm[tile.gemm];
+  const int lane = threadIdx.x & 31, blocks = g.part_rows / kPackedBlock;  // of a part
+  int32_t part = 0, row = 0;
+  if (lane < kBlocks<C>) wave_origin<C>(p, tile, lane / C::kWarpgroups, part, row);
+  const int32_t block = row / kPackedBlock + lane % C::kWarpgroups;
+  const bool exists = lane < kBlocks<C> && block < blocks;
+  const uint32_t bytes = __popc(__ballot_sync(~0u, exists)) * C::kBlockBytes;
+  const uint8_t* source = g.packed_weights + (int64_t(tile.expert * g.parts + part) * blocks + block) * g.k_blocks * C::kBlockBytes;
+  const uint32_t target = smem.weights + lane * C::kBlockBytes;
+  for (int kb = 0; kb < g.k_blocks; ++kb, pipe.advance(), source += C::kBlockBytes) {
+    smem.empty[pipe.stage].wait(pipe.phase ^ 1);
+    Barrier& full = smem.full[pipe.stage];
+    if (lane == 0) full.arrive_and_expect_tx(bytes);
+    if (exists) bulk_load(target + pipe.stage * C::kWeightBytes, source, C::kBlockBytes, full);
+  }
+}
+
 // The scales of the weights of wave w of a tile, one a K block.
 template <class C>
 __device__ __forceinline__ const float* weight_scales(const KernelParams& p, const Tile& tile, int w) {
@@ -78,6 +106,10 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
       for (int w = 0; w < C::kWaves; ++w)
         for (int kb = threadIdx.x & 31; kb < g.k_blocks; kb += kLanes)
           asm volatile("prefetch.global.L2 [%0];" ::"l"(weight_scales<C>(p, tile, w) + kb * g.b_scale.stride_k));
+    if constexpr (C::kPacked) {
+      load_packed<C>(p, smem, tile, pipe);
+      continue;
+    }
     PipelineState<C::kStages> next = pipe;  // one lane waits, expects and starts the copies
     for (int kb = 0; leader && kb < g.k_blocks; ++kb, next.advance()) {
       smem.empty[next.stage].wait(next.phase ^ 1);

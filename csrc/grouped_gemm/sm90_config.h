@@ -56,7 +56,8 @@ struct GemmParams {
   CUtensorMap tokens[5];           // (k, num_rows), box 128 bytes x 8, 16, 32, 64, 128 tokens
   void* out;
   const void* bias;
-  ScaleView a_scale, b_scale;
+  const uint8_t* packed_weights;   // instead of `weights`
+  ScaleView a_scale, b_scale, b_global_scale;
   int32_t parts, part_rows, out_stride, k_blocks;
   DType out_dtype, bias_dtype;
 };

@@ -25,27 +25,50 @@ inline void expect_scale(const char* op, const std::string& argument, const std:
   if (!good) refuse(op, argument.c_str(), expected, describe(*scale));
 }
 
-// The weight side: b [E, n, k], its scale and bias. `name` is b's, "w13" say; num_rows, a and out are the caller's.
+// b as pack_weight gives it: blocks that hold the scales, too.
+inline Packing packing_of(const Tensor& b, Format format) {
+  if (b.dim() != 4) return Packing::none;
+  return format == Format::nvfp4 ? Packing::nvfp4 : format == Format::mxfp4 ? Packing::mxfp4 : Packing::none;
+}
+
+// What multiplies b [E, n, k] in a format.
+inline Format act_format_of(const Tensor& b, Format format) { return packing_of(b, format) == Packing::none ? format : Format::bf16; }
+
+// The weight side: b [E, n, k], or packed, its scales and bias. `name` is b's, "w13" say; num_rows, a and out are the caller's.
 inline GroupedGemmArgs weight_args(const char* op, const std::string& name, const Tensor& b, const std::optional<Tensor>& scale,
-                                   const std::optional<Tensor>& bias, Format format, int64_t parts, const Tensor& like) {
+                                   const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias, Format format,
+                                   int64_t parts, const Tensor& like) {
   const ScalarType dtype = value_dtype(format);
-  expect_tensor(op, name.c_str(), b, {dtype}, {"E", "N", "K"}, like);
-  const int64_t num_experts = b.size(0), n = b.size(1), k = b.size(2);
-  MOE_EXPECT(parts >= 1 && n % parts == 0, op, name.c_str(), "a multiple of " << parts << " rows per expert", n);
   GroupedGemmArgs args;
+  args.packing = packing_of(b, format);
+  const bool packed = args.packing != Packing::none;
+  if (packed) expect_tensor(op, name.c_str(), b, {dtype}, {"E", "N/64", "K/64", packed_block_bytes(args.packing)}, like);
+  else expect_tensor(op, name.c_str(), b, {dtype}, {"E", "N", "K"}, like);
+  const int64_t num_experts = b.size(0), n = b.size(1) * (packed ? kPackedBlock : 1), k = b.size(2) * (packed ? kPackedBlock : 1);
+  MOE_EXPECT(parts >= 1 && n % parts == 0, op, name.c_str(), "a multiple of " << parts << " rows per expert", n);
   args.b = b.data_ptr();
-  args.ab_dtype = element_dtype(dtype);
+  args.ab_dtype = packed ? DType::bfloat16 : element_dtype(dtype);
   args.num_experts = static_cast<int32_t>(num_experts);
   args.n = static_cast<int32_t>(n);
   args.k = static_cast<int32_t>(k);
   args.b_parts = static_cast<int32_t>(parts);
-  if (has_scale(format)) {
+  if (packed) {
+    MOE_EXPECT(!scale, op, (name + "_scale").c_str(), "none beside packed weights, which hold it", describe(*scale));
+  } else if (has_scale(format)) {
     const bool blocks = format == Format::fp8_block;
     const Dim rows = blocks ? parts * ((n / parts + 127) / 128) : n, columns = scale_columns(format, k);
     expect_scale(op, name + "_scale", scale, {num_experts, rows, columns}, like);
     args.b_scale = {pointer<const float>(*scale), scale->stride(0), scale->stride(1), scale->stride(2)};
   } else {
     MOE_EXPECT(!scale, op, (name + "_scale").c_str(), "none for this format", describe(*scale));
+  }
+  const std::string global_name = name + "_global_scale";
+  MOE_EXPECT(!global_scale || args.packing == Packing::nvfp4, op, global_name.c_str(), "none for this format", describe(*global_scale));
+  if (global_scale) {
+    const bool per_part = global_scale->dim() == 2;
+    if (per_part) expect_tensor(op, global_name.c_str(), *global_scale, {ScalarType::Float}, {num_experts, parts}, like);
+    else expect_tensor(op, global_name.c_str(), *global_scale, {ScalarType::Float}, {num_experts}, like);
+    args.b_global_scale = {pointer<const float>(*global_scale), per_part ? parts : 1, per_part ? 1 : 0, 0};
   }
   if (bias) {
     const std::string bias_name = name == "b" ? "bias" : name + "_bias";

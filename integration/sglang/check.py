@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
-import torch_moe_ops as moe
-
-from .support import act_formats, supported
+from .support import act_formats, explain_choices, supported
 
 # What the configurations of different models call the same thing, the name to prefer first.
 NAMES = {
@@ -115,12 +113,8 @@ def moe_layers(config: dict) -> list[int]:
 
 def choose(experts: ExpertsOfRank, device: str | None = None) -> list[object]:
     """What each kind of activations gives, up to the first that runs."""
-    explanations = []
-    for act_format in act_formats(experts.format):
-        explanations.append(moe.explain("fused_moe", device=device, act_format=act_format, **vars(experts)))
-        if explanations[-1].backend:
-            break
-    return explanations
+    facts = vars(experts) | {"device": device}
+    return explain_choices(facts.pop("format"), act_formats(experts.format), **facts)
 
 
 def plugin_line() -> str:

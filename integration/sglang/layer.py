@@ -20,7 +20,14 @@ import torch_moe_ops as moe
 from torch_moe_ops.backends import Explanation
 
 from .methods import Stored, stored
-from .support import DTYPE_FORMATS, Unsupported, activation_options, routed_scaling_factor, router_weight_options
+from .support import (
+    DTYPE_FORMATS,
+    Unsupported,
+    activation_options,
+    explain_choices,
+    routed_scaling_factor,
+    router_weight_options,
+)
 
 logger = logging.getLogger("sglang.srt.torch_moe_ops")  # below "sglang", whose level --log-level sets
 
@@ -53,14 +60,33 @@ class LayerRunner:
     def scales(self, layer: torch.nn.Module) -> dict[str, Tensor | None]:
         """The layer's scales and biases under their names in moe::fused_moe."""
         names = {f"{name}_bias": f"{name}_weight_bias" for name in ("w13", "w2")} | self.stored.names
+        if self.explanation.problem.act_format in DTYPE_FORMATS.values():  # activations that are not quantised
+            names = {name: attribute for name, attribute in names.items() if not name.startswith("a")}
         return {name: getattr(layer, attribute, None) for name, attribute in names.items()}
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """What moe::fused_moe would refuse at the first request is refused here."""
         self.stored.prepare(layer)
+        if self.explanation.problem.packed:
+            self.pack(layer)
         options = {name: value for name, value in self.options.items() if name != "w13_layout"}  # only a row order
         experts = moe.Experts(layer.w13_weight, layer.w2_weight, **self.scales(layer), **options)
         log_once(f"torch_moe_ops: moe::fused_moe.{self.explanation.backend} runs the experts ({experts.extra_repr()})")
+
+    def pack(self, layer: torch.nn.Module) -> None:
+        """The layer's 4-bit weights and scales in the kernels' own order, in their place, gate over up."""
+        layout = self.options.get("w13_layout", "gate_up")
+        if layout == "interleaved":
+            for name in ("w13_weight", self.stored.names["w13_scale"], "w13_weight_bias"):
+                if (tensor := getattr(layer, name, None)) is not None:
+                    replace_parameter(layer, name, moe.to_gate_up(tensor.detach(), layout))
+            self.options["w13_layout"] = "gate_up"
+        for name in ("w13", "w2"):
+            weight, scale = f"{name}_weight", self.stored.names[f"{name}_scale"]
+            replace_parameter(
+                layer, weight, moe.pack_weight(getattr(layer, weight), getattr(layer, scale), self.stored.format)
+            )
+            setattr(layer, scale, None)
 
     def apply(self, layer: torch.nn.Module, dispatch_output: object) -> object:
         hidden_states, topk_output = dispatch_output.hidden_states, dispatch_output.topk_output
@@ -98,6 +124,10 @@ class LayerRunner:
         """There are never any."""
 
 
+def replace_parameter(layer: torch.nn.Module, name: str, value: Tensor) -> None:
+    setattr(layer, name, torch.nn.Parameter(value, requires_grad=False))
+
+
 def choose_backend(stored: Stored, layer: torch.nn.Module, activation: str, top_k: int | None) -> Explanation:
     """Of the first kind of activations that a backend on the layer's device multiplies by these weights."""
     w2 = getattr(layer, "w2_weight", None)
@@ -106,7 +136,6 @@ def choose_backend(stored: Stored, layer: torch.nn.Module, activation: str, top_
     bias = getattr(layer, "w13_weight_bias", None)
     facts = {
         "device": w2.device,
-        "format": stored.format,
         "activation": activation,
         "hidden_size": w2.shape[1],
         "intermediate_size": w2.shape[2] * moe.FORMATS[stored.format].pack,
@@ -114,10 +143,9 @@ def choose_backend(stored: Stored, layer: torch.nn.Module, activation: str, top_
         "top_k": top_k,
         "bias_dtype": None if bias is None else bias.dtype,
     }
-    explanations = [moe.explain(act_format=act_format, **facts) for act_format in stored.act_formats]
-    for explanation in explanations:
-        if explanation.backend is not None:
-            return explanation
+    explanations = explain_choices(stored.format, stored.act_formats, **facts)
+    if explanations[-1].backend is not None:
+        return explanations[-1]
     reasons = "; ".join(f"{verdict.backend}: {verdict.reason}" for verdict in explanations[0].verdicts)
     raise Unsupported(f"{stored.format} experts that no backend runs here ({reasons})", w2.device)
 

@@ -25,15 +25,16 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 BACKENDS = ("cutlass_sm90", "triton")
 GPU_FORMATS = ("bf16", "fp16", "fp8_block")
+PACKED = ("nvfp4", "mxfp4")  # multiplied by bf16 activations, by cutlass_sm90 alone
 # cutlass_sm90 takes split tiles of 64 rows at 1 token, of 128 up to 64 tokens; then gated tiles, with GEMM2 in a launch
 # of its own at 300 tokens and in the same one at 2049.
 LAYER = {"hidden_size": 1024, "intermediate_size": 512, "num_experts": 64, "top_k": 8}
 # |got - dense| / |dense|. Three roundings of about the same size: gate_up's inputs or expert_out, act, output. The root
 # mean square of one is 0.0017 (bf16), 0.0002 (fp16), 0.027 (fp8_block, activations); weights are not counted.
-DENSE_ERROR = {"bf16": 6e-3, "fp16": 1e-3, "fp8_block": 5e-2}
+DENSE_ERROR = {"bf16": 6e-3, "fp16": 1e-3, "fp8_block": 5e-2, "nvfp4": 6e-3, "mxfp4": 6e-3}
 # |got - reference| / |reference|: one float8 step in a few activations out of a thousand, one unit of bf16 in a few
 # outputs out of a hundred.
-REFERENCE_ERROR = {"bf16": 4e-3, "fp16": 5e-4, "fp8_block": 5e-3}
+REFERENCE_ERROR = {"bf16": 4e-3, "fp16": 5e-4, "fp8_block": 5e-3, "nvfp4": 4e-3, "mxfp4": 4e-3}
 
 
 def why_not(backend: str) -> str | None:
@@ -48,8 +49,11 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=GPU_FORMATS)
+@pytest.fixture(params=GPU_FORMATS + PACKED)
 def format(request: pytest.FixtureRequest) -> str:
+    if request.param in PACKED and "backend" in request.fixturenames:
+        if (backend := request.getfixturevalue("backend")) != "cutlass_sm90":
+            pytest.skip(f"{backend} takes no packed weights")
     return request.param
 
 
@@ -58,7 +62,17 @@ def overload(backend: str) -> torch._ops.OpOverload:
 
 
 def layer(format: str, num_tokens: int, **changes: object) -> Call:
-    return make_moe(format, num_tokens=num_tokens, device=DEVICE, **{**LAYER, **changes})
+    act_format = "bf16" if format in PACKED else ""
+    call = make_moe(format, act_format=act_format, num_tokens=num_tokens, device=DEVICE, **{**LAYER, **changes})
+    return packed(call) if format in PACKED else call
+
+
+def packed(call: Call) -> Call:
+    x, w13, w2, *routing = call.args
+    weights = {"w13": w13, "w2": w2}
+    for name, weight in weights.items():
+        weights[name] = moe.pack_weight(weight, call.options[f"{name}_scale"], call.options["format"])
+    return Call(x, *weights.values(), *routing, **(call.options | {"w13_scale": None, "w2_scale": None}))
 
 
 def tokens(call: Call, index: slice | Tensor) -> Call:
@@ -87,8 +101,13 @@ def dense_moe(call: Call) -> Tensor:
     out = torch.zeros(x.shape, device=x.device)
 
     def dense(name: str, weight: Tensor, e: int, parts: int) -> Tensor:
-        scale = o[f"{name}_scale"]
-        return fmt.dequantize(weight[e], scale if scale is None else scale[e], fmt.weight_block, None, parts)
+        values, scale, global_scale = weight[e], o[f"{name}_scale"], o.get(f"{name}_global_scale")
+        if fmt.name in PACKED:
+            values, scale = (x[0] for x in moe.unpack_weight(weight[e : e + 1], fmt.name))
+        elif scale is not None:
+            scale = scale[e]
+        global_scale = global_scale if global_scale is None else global_scale[e]
+        return fmt.dequantize(values, scale, fmt.weight_block, global_scale, parts)
 
     for e in ids.unique().tolist():
         token, k = (ids == e).nonzero(as_tuple=True)
@@ -153,6 +172,8 @@ def test_errors_of_each_format(backend: str, format: str, num_tokens: int) -> No
 @pytest.mark.parametrize("hidden_size, intermediate_size", [(2880, 192), (1024, 352), (352, 704), (704, 2880)])
 def test_sizes_that_no_tile_divides(format: str, hidden_size: int, intermediate_size: int) -> None:
     """cutlass_sm90 alone: each size is a compilation of Triton's kernels, whose own tests have ragged sizes."""
+    if format in PACKED and (hidden_size % 64 or intermediate_size % 64):
+        pytest.skip("packed weights come in blocks of 64")
     if reason := why_not("cutlass_sm90"):
         pytest.skip(reason)
     sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_experts": 8, "top_k": 2}
@@ -288,6 +309,36 @@ def test_grouped_gemm_with_any_offsets_and_scale_strides(
     assert torch.equal(got[:used], expected[:used])
 
 
+@pytest.mark.parametrize("rows", [[1, 0, 3, 130], [0, 8, 70, 17], [300, 300, 300, 300]])
+@pytest.mark.parametrize("product", PACKED)
+def test_grouped_gemm_of_packed_weights(product: str, rows: list[int]) -> None:
+    """Small integers and scales that are powers of two: float32 sums are exact, so equality is asked for."""
+    verdict = moe.explain("grouped_gemm", device=DEVICE, format=product, act_format="bf16", packed=True)
+    if reason := next(v.reason for v in verdict.verdicts if v.backend == "cutlass_sm90"):
+        pytest.skip(reason)
+    g = torch.Generator(DEVICE).manual_seed(4)
+    fmt = FORMATS[product]
+    for n, k in ((2 * 64, 64), (2 * 704, 2880), (2 * 1024, 512)):
+
+        def bytes_below(high: int, *shape: int) -> Tensor:
+            return torch.randint(0, high, shape, generator=g, device=DEVICE, dtype=torch.uint8)
+
+        exponents = bytes_below(4, 4, n, k // fmt.weight_block[1])
+        scale = (exponents * 8 + 56 if product == "nvfp4" else exponents + 127).view(fmt.scale_dtype)
+        b = moe.pack_weight(bytes_below(256, 4, n, k // 2), scale, product)
+        offsets = torch.tensor([0, *rows], device=DEVICE).cumsum(0).int()
+        a = torch.randint(-2, 3, (sum(rows) + 5, k), generator=g, device=DEVICE).bfloat16()
+        a[sum(rows) :] = float("nan")
+        bias = torch.randint(-8, 9, (4, n), generator=g, device=DEVICE).bfloat16()
+        options = {"format": product, "act_format": "bf16", "b_parts": 2, "out_dtype": torch.float32}
+        if product == "nvfp4":
+            options["b_global_scale"] = torch.tensor([[1.0, 0.5], [2.0, 4.0], [0.25, 1.0], [8.0, 2.0]], device=DEVICE)
+        call = Call(a, b, offsets, bias=bias, **options)
+        poison_free_memory()
+        got, expected = call(torch.ops.moe.grouped_gemm.cutlass_sm90), call(torch.ops.moe.grouped_gemm.reference)
+        assert torch.equal(got[: sum(rows)], expected[: sum(rows)]), (n, k)
+
+
 # ---- bits ------------------------------------------------------------------------------------------------------------
 
 
@@ -348,7 +399,7 @@ def test_cuda_graph_replays_other_inputs_and_routings(backend: str, format: str)
         assert torch.equal(out, replayed(overload(backend)))
 
 
-@pytest.mark.parametrize("format", ["bf16", "fp8_block"])
+@pytest.mark.parametrize("format", ["bf16", "fp8_block", "nvfp4"])
 def test_one_compiled_graph_for_any_number_of_tokens(format: str) -> None:
     torch._dynamo.reset()
     call = layer(format, 300)
@@ -373,6 +424,8 @@ def test_one_compiled_graph_for_any_number_of_tokens(format: str) -> None:
 def test_default_is_what_explain_names(format: str) -> None:
     call = layer(format, 64)
     names = {name: LAYER[name] for name in ("hidden_size", "intermediate_size", "num_experts", "top_k")}
+    if format in PACKED:
+        names |= {"act_format": "bf16", "packed": True}
     chosen = moe.explain("fused_moe", device=DEVICE, format=format, **names).backend
     assert torch.equal(call(moe.fused_moe), call(overload(chosen)))
 
@@ -440,8 +493,10 @@ def test_refusals_read_the_same_everywhere() -> None:
 
 
 def test_formats_without_gpu_kernels_are_refused_alike() -> None:
-    call = make_moe("mxfp4", num_tokens=3, device=DEVICE)
+    call = make_moe("mxfp8", num_tokens=3, device=DEVICE)
     line = message(overload("default"), call)
-    assert line.startswith("fused_moe: format: expected bf16, fp16, int8 or fp8_block on a GPU, got mxfp4")
+    assert line.startswith(
+        "fused_moe: format: expected bf16, fp16, int8, fp8_block, mxfp4 or nvfp4 on a GPU, got mxfp8"
+    )
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert message(overload("default"), as_fake(mode, call)) == line

@@ -177,6 +177,38 @@ def test_quantised_weights_go_with_their_scales(format, method, names, act_forma
     assert torch.equal(run(method, layer, make_config(), dispatched), expected)
 
 
+GPT_OSS = {"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0, "gate_up_interleaved": True}
+
+
+@pytest.mark.parametrize("format, config", [("mxfp4", {}), ("mxfp4", GPT_OSS), ("nvfp4", {})])
+def test_where_the_backend_wants_them_weights_are_packed_once(monkeypatch, format: str, config: dict) -> None:
+    """As on an H200, with the reference in its place: bf16 activations, and gate over up."""
+    monkeypatch.setattr("torch_moe_ops.integration.sglang.support.moe.explain", explain_like_sm90)
+    layer, dispatched = make_layer(bias=bool(config)), make_dispatched()
+    method, names = {
+        "mxfp4": (make_method("Mxfp4MoEMethod"), {}),
+        "nvfp4": (NVFP4, {"global_scale": "weight_scale_2"}),
+    }[format]
+    call = quantise(layer, format, **names)
+    layer.w13_input_scale, layer.w2_input_scale = torch.tensor([[0.01, 0.02]]), torch.tensor([0.04])
+    options = {"alpha": 1.702, "beta": 1.0, "limit": 7.0, "w13_layout": "interleaved"} if config else {}
+    if config:
+        call |= {"w13_bias": layer.w13_weight_bias, "w2_bias": layer.w2_weight_bias}
+    routed = dispatched.topk_output.topk_weights, dispatched.topk_output.topk_ids
+    weights = call.pop("w13"), call.pop("w2")
+    expected = moe.fused_moe(
+        dispatched.hidden_states, *weights, *routed, **call, format=format, act_format="bf16", **options
+    )
+    assert torch.equal(run(method, layer, make_config(**config), dispatched), expected)
+    assert layer.w13_weight.dim() == layer.w2_weight.dim() == 4 and layer.w13_weight_scale is None
+
+
+def explain_like_sm90(**facts: object) -> backends.Explanation:
+    problem = backends.explain(device="cpu").problem._replace(act_format=facts["act_format"], packed=facts["packed"])
+    reason = None if facts["packed"] and facts["act_format"] == "bf16" else "needs weights packed by pack_weight"
+    return backends.Explanation(problem, (backends.Verdict("reference", reason),))
+
+
 def test_fp8_with_a_scale_per_tensor_is_fp8_with_equal_blocks() -> None:
     layer, dispatched = make_layer(), make_dispatched()
     reference = make_layer()
@@ -279,7 +311,7 @@ def test_a_format_without_a_backend_on_the_device_is_refused_when_the_layer_is_b
     def explain(**facts: object) -> backends.Explanation:
         return backends.Explanation(problem, (backends.Verdict("triton", "multiplies bf16, got nvfp4"),))
 
-    monkeypatch.setattr("torch_moe_ops.integration.sglang.layer.moe.explain", explain)
+    monkeypatch.setattr("torch_moe_ops.integration.sglang.support.moe.explain", explain)
     with pytest.raises(support.Unsupported, match=r"bf16 experts that no backend runs here \(triton: multiplies bf16,"):
         LayerRunner(make_method(), make_layer(), make_config(), None, SimpleNamespace)
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..backends import explain
 from ..experts import Experts
 from ..formats import FORMATS, ceil_div, quantize_weight
+from ..packed_weights import is_packed, unpack_weight
 
 # Root mean square of x - dequantize(quantize(x)) over that of x, for normal x and the activation blocks of each format.
 ROUNDING = {
@@ -89,7 +91,14 @@ def make_experts(case: Case, format: str, act_format: str = "", device: str = "c
                 if part is not None:
                     whole = tensors.setdefault(name + suffix, part.new_empty((case.num_experts, *part.shape[1:])))
                     whole[first : first + count] = part
-    return Experts(tensors.pop("w13"), tensors.pop("w2"), **tensors, format=format, act_format=act_format)
+    experts = Experts(tensors.pop("w13"), tensors.pop("w2"), **tensors, format=format, act_format=act_format)
+    return experts.packed() if needs_packing(experts) else experts
+
+
+def needs_packing(experts: Experts) -> bool:
+    """Whether the device takes such experts packed only."""
+    facts = dict(device=experts.w2.device, format=experts.format, act_format=experts.act_format)
+    return explain(**facts).backend is None and explain(**facts, packed=True).backend is not None
 
 
 def _random_weight(count: int, n: int, k: int, generator: torch.Generator) -> Tensor:
@@ -161,6 +170,11 @@ def dequantized(experts: Experts, name: str, expert: int, parts: int) -> Tensor:
     """One expert's weight, float32 [N, K]."""
     fmt = FORMATS[experts.format]
     values, scale, global_scale = (getattr(experts, name + suffix) for suffix in ("", "_scale", "_global_scale"))
+    if is_packed(values):
+        values, scale = unpack_weight(values[expert : expert + 1], experts.format)
+        return fmt.dequantize(
+            values[0], scale[0], fmt.weight_block, None if global_scale is None else global_scale[expert], parts
+        )
     if scale is None:
         return values[expert].float()
     global_scale = None if global_scale is None else global_scale[expert]

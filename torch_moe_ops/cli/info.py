@@ -1,7 +1,8 @@
 """Show what was built, what this machine has, and which backends take which format.
 
 `info` prints build_info() and the versions of this machine, `info --json` the same as JSON, and `info --table` the
-Markdown table in README.md: cell (format, GPU) = the backends of grouped_gemm that take the pair, best first.
+Markdown table in README.md: cell (format, GPU) = the backends of grouped_gemm that take the pair, best first; where
+none does, those that take it with bf16 activations.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from ..backends import CANDIDATES, Problem, explain_problem
 from ..build_info import build_info
 from ..formats import FORMATS
+from ..packed_weights import PACKABLE
 
 TABLE_OP = "grouped_gemm"  # where a problem spends its time; the other ops have a CUDA kernel for every GPU
 TABLE_GPUS = {
@@ -57,20 +59,26 @@ def collect() -> dict[str, object]:
     }
 
 
-def backends_taking(format: str, sms: tuple[int, ...]) -> list[str]:
+def backends_taking(format: str, sms: tuple[int, ...], **facts: object) -> list[str]:
     """The backends that take a format on all these GPUs, in preference order, given a build for all families."""
     built = frozenset(CANDIDATES[TABLE_OP])
-    explanations = [explain_problem(Problem(TABLE_OP, "cuda", sm, built, format)) for sm in sms]
+    explanations = [explain_problem(Problem(TABLE_OP, "cuda", sm, built, format, **facts)) for sm in sms]
     refusals = {verdict.backend for each in explanations for verdict in each.verdicts if verdict.reason}
     return [backend for backend in CANDIDATES[TABLE_OP] if backend not in refusals]
+
+
+def cell(format: str, sms: tuple[int, ...]) -> str:
+    if names := backends_taking(format, sms):
+        return ", ".join(names)
+    weight_only = backends_taking(format, sms, act_format="bf16", packed=format in PACKABLE)
+    return f"{', '.join(weight_only)} (bf16 activations)" if weight_only else "-"
 
 
 def table() -> str:
     header = ["format", "CPU", *TABLE_GPUS]
     rows = [header, ["---"] * len(header)]
     for format in FORMATS:
-        cells = [", ".join(backends_taking(format, sms)) or "-" for sms in TABLE_GPUS.values()]
-        rows.append([format, "reference", *cells])
+        rows.append([format, "reference", *(cell(format, sms) for sms in TABLE_GPUS.values())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Gemm
-from ..formats import FORMATS
+from ..packed_weights import is_packed, weight_sizes
 
 SCHEMA = """(Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, *,
 Tensor? w13_scale=None, Tensor? w2_scale=None, Tensor? w13_global_scale=None, Tensor? w2_global_scale=None,
@@ -30,8 +30,8 @@ def facts(
     activation: str = "silu",
     **_: object,
 ) -> dict[str, object]:
-    num_experts, hidden_size, columns = w2.shape
-    n, intermediate_size = w13.shape[1], columns * FORMATS[format].pack
+    num_experts, hidden_size, intermediate_size = weight_sizes(w2, format)
+    n = weight_sizes(w13, format)[1]
     bias = w2_bias if w13_bias is None else w13_bias
     return {
         "format": format,
@@ -42,6 +42,7 @@ def facts(
         "top_k": topk_ids.shape[1],
         "out_dtype": hidden_states.dtype,
         "bias_dtype": None if bias is None else bias.dtype,
+        "packed": is_packed(w2),
     }
 
 
@@ -82,7 +83,7 @@ def fused_moe(
     Args:
         hidden_states: bfloat16 or float16 [T, H], contiguous.
         w13: [E, 2I, H/pack], gate over up (see `w13_layout`); [E, I, H/pack] for activations that are not gated.
-        w2: [E, H, I/pack].
+        w2: [E, H, I/pack]. Both may be results of `pack_weight`, which hold their scales.
         topk_weights: float32 [T, K].
         topk_ids: int32 [T, K]; -1 for an absent slot.
         w13_scale, w2_scale: the weights' scales, any strides; their blocks are counted within gate and up.

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..backends import Gemm
-from ..formats import FORMATS
 from ..meta_kernels.grouped_gemm import output_dtype
+from ..packed_weights import is_packed, weight_sizes
 
 SCHEMA = """(Tensor a, Tensor b, Tensor expert_offsets, *, Tensor? a_scale=None, Tensor? b_scale=None,
 Tensor? a_global_scale=None, Tensor? b_global_scale=None, Tensor? bias=None, str format="bf16", str act_format="",
@@ -26,14 +26,15 @@ def facts(
     out_dtype: torch.dtype | None = None,
     **_: object,
 ) -> dict[str, object]:
-    num_experts, n, columns = b.shape
+    num_experts, n, k = weight_sizes(b, format)
     return {
         "format": format,
         "act_format": act_format,
-        "gemms": (Gemm(n, columns * FORMATS[format].pack, b_parts),),
+        "gemms": (Gemm(n, k, b_parts),),
         "num_experts": num_experts,
         "out_dtype": output_dtype(a.dtype, out_dtype),
         "bias_dtype": None if bias is None else bias.dtype,
+        "packed": is_packed(b),
     }
 
 
@@ -61,7 +62,7 @@ def grouped_gemm(
 
     Args:
         a: activations [P, K/pack] in `act_format`, contiguous.
-        b: weights [E, N, K/pack] in `format`, contiguous.
+        b: weights [E, N, K/pack] in `format`, contiguous; or the result of `pack_weight`, which holds b_scale.
         expert_offsets: int32 [E + 1], from `sort_slots`.
         a_scale: [P, scale columns], any strides; as `permute`, `act_mul` or `quantize` give it.
         b_scale: [E, b_parts * ceil(N / b_parts / block_rows), ceil(K / block_k)], any strides.

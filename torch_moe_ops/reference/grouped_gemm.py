@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..formats import get_format
 from ..meta_kernels.grouped_gemm import output_dtype
+from ..packed_weights import as_stored
 
 ROW_TILE = 16
 
@@ -32,6 +33,7 @@ def grouped_gemm(
 ) -> Tensor:
     b_format = get_format("grouped_gemm", format)
     a_format = get_format("grouped_gemm", act_format or format)
+    b, b_scale = as_stored(b, b_scale, format)
     a, a_scale = same_bits(a, a_format.dtype), same_bits(a_scale, a_format.scale_dtype)
     b, b_scale = same_bits(b, b_format.dtype), same_bits(b_scale, b_format.scale_dtype)
     out = torch.zeros((a.shape[0], b.shape[1]), dtype=output_dtype(a.dtype, out_dtype), device=a.device)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...backends import explain
 from ...experts import Experts
 from ...formats import FORMATS
+from ...packed_weights import is_packed
 from .. import _layer
 
 # tokens -> calls in one graph, each with its own input and routing.
@@ -142,6 +143,7 @@ def chosen_backend(case: _layer.Case, experts: Experts) -> str | None:
         intermediate_size=case.intermediate_size,
         num_experts=case.num_experts,
         top_k=case.top_k,
+        packed=is_packed(experts.w13),
     ).backend
 
 

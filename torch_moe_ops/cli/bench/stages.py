@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...backends import CANDIDATES, explain
 from ...experts import Experts
+from ...packed_weights import is_packed
 from .. import _layer
 from .measure import Point, error_of, facts_of, make_all_inputs, routing_counts, time_calls
 
@@ -116,7 +117,8 @@ def chosen_backend(op: str, name: str, case: _layer.Case, experts: Experts, back
         return backend
     hidden, intermediate = case.hidden_size, case.intermediate_size
     n, k = (2 * intermediate, hidden) if name == "grouped_gemm_w13" else (hidden, intermediate)
-    formats = dict(format=experts.format, act_format=experts.act_format) if op == "grouped_gemm" else {}
+    formats = dict(format=experts.format, act_format=experts.act_format, packed=is_packed(experts.w13))
+    formats = formats if op == "grouped_gemm" else {}
     return explain(op, device=experts.w13.device, n=n, k=k, **formats).backend
 
 

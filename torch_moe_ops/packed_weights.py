@@ -1,0 +1,183 @@
+"""4-bit weights in the order in which the SM90 kernels read them: values and scales of 64 x 64 blocks, side by side.
+
+    packed uint8 [E, N/64, K/64, bytes]      bytes = 2048 of values + 256 (nvfp4) or 128 (mxfp4) of scales
+
+The numbers stay what they are, and so does the memory they take; `unpack_weight` gives them back. A block is what one
+warpgroup multiplies by the tokens, as an operand in registers: thread t of 128 holds rows r = 16 (t/32) + t%32/4 and
+r + 8, and of each 16 k those at 2c, 2c + 1, 2c + 8, 2c + 9 with c = t%4 (PTX ISA, wgmma, matrix A in registers).
+
+Values: [2 halves of 32 k][128 threads][2 steps of 16 k] words of 32 bits. Register j of the operand, for row
+r + 8 (j%2) and k + 8 (j/2), is two values, one in each half. A bfloat16 with e2m1's sign at bit 15 and its other bits
+at 8, 7 and 6 is that number times 2^-126, whether or not it is subnormal: a shift and a mask of the word give the
+register. Of all arrangements, the one below needs the fewest instructions.
+
+Scales: those of rows (r, r + 8) together, as bits that a shift turns into a bfloat16.
+    nvfp4   [32 row pairs][2 pairs of steps][2 rows][2 steps], e4m3 with a wider exponent and without subnormals
+    mxfp4   [32 row pairs][2 rows][2 halves of 32 k], the exponent's byte + 63, at most 255: infinity, from 2^65 on
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .formats import CHUNK_ELEMENTS, FORMATS, get_format
+
+BLOCK = 64  # rows, and k
+VALUE_BYTES = BLOCK * BLOCK // 2
+SCALE_BYTES = {"nvfp4": BLOCK * BLOCK // 16, "mxfp4": BLOCK * BLOCK // 32}
+PACKABLE = tuple(SCALE_BYTES)
+
+# Left shift of a word that brings the magnitudes, and the signs, of register j into place.
+MAGNITUDE_SHIFTS = (0, 3, 6, -3)
+SIGN_SHIFTS = (0, 3, 1, 2)
+# Where a register has the bits of a code, lowest first, in its lower half.
+REGISTER_BITS = (6, 7, 8, 15)
+
+MXFP4_EXPONENT_SHIFT = 63
+
+
+def pack_weight(values: Tensor, scale: Tensor, format: str) -> Tensor:
+    """values uint8 [E, N, K/2] and scale [E, N, K / block_k] of nvfp4 or mxfp4 -> packed [E, N/64, K/64, bytes].
+
+    A functional step for when weights are loaded: the result replaces both tensors (global scales stay as they are).
+    It works through the experts in chunks.
+
+    Raises:
+        RuntimeError: N or K is no multiple of 64, another format, or shapes that do not fit together.
+    """
+    block_k = _block_k("pack_weight", format)
+    if values.dim() != 3 or values.element_size() != 1:
+        raise RuntimeError(f"pack_weight: values: expected uint8 [E, N, K/2], got {values.dtype} {list(values.shape)}")
+    num_experts, n, k = values.shape[0], values.shape[1], values.shape[2] * 2
+    if n % BLOCK or k % BLOCK:
+        raise RuntimeError(f"pack_weight: values: expected N and K to be multiples of {BLOCK}, got N {n}, K {k}")
+    if list(scale.shape) != [num_experts, n, k // block_k] or scale.element_size() != 1:
+        expected = f"{get_format('pack_weight', format).scale_dtype} {[num_experts, n, k // block_k]}"
+        raise RuntimeError(f"pack_weight: scale: expected {expected}, got {scale.dtype} {list(scale.shape)}")
+    values, scale = values.view(torch.uint8), scale.view(torch.uint8)
+    packed = values.new_empty((num_experts, n // BLOCK, k // BLOCK, VALUE_BYTES + SCALE_BYTES[format]))
+    step = max(1, CHUNK_ELEMENTS // max(1, n * k))
+    for chunk in (slice(first, first + step) for first in range(0, num_experts, step)):
+        codes = torch.stack((values[chunk] & 0xF, values[chunk] >> 4), dim=-1).flatten(-2)
+        stored = _stored_scales(format).to(scale.device)[scale[chunk].int()]
+        if format == "nvfp4":  # what the stored scale cannot say
+            of_code = scale[chunk].repeat_interleave(block_k, dim=-1)
+            codes = torch.where(of_code & 0x7F == 0, 0, codes ^ (of_code >> 7 << 3))
+        packed[chunk, ..., :VALUE_BYTES] = _words(codes).view(torch.uint8).flatten(3)
+        packed[chunk, ..., VALUE_BYTES:] = _scale_blocks(stored, k // BLOCK)
+    return packed
+
+
+def unpack_weight(packed: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack_weight`: (values uint8 [E, N, K/2], scale [E, N, K / block_k] in the format's scale dtype).
+
+    What a zero or negative nvfp4 scale multiplied, and mxfp4 scales from 2^65 on, come back as numbers of the same
+    value (infinity for the latter).
+    """
+    _block_k("unpack_weight", format)
+    expect_packed("unpack_weight", "packed", packed, format)
+    codes = _codes(packed[..., :VALUE_BYTES].contiguous().view(torch.int32))
+    scale = _scales_stored(format).to(packed.device)[_rows_of_scales(packed[..., VALUE_BYTES:]).int()]
+    return codes[..., 0::2] | codes[..., 1::2] << 4, scale.view(get_format("unpack_weight", format).scale_dtype)
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether a weight argument of `grouped_gemm` or `fused_moe` is the result of `pack_weight`."""
+    return weight.dim() == 4
+
+
+def weight_sizes(weight: Tensor, format: str) -> tuple[int, int, int]:
+    """(E, N, K) of a weight [E, N, K/pack], or packed; K counts values."""
+    unit_n, unit_k = (BLOCK, BLOCK) if is_packed(weight) else (1, FORMATS[format].pack)
+    return weight.shape[0], weight.shape[1] * unit_n, weight.shape[2] * unit_k
+
+
+def as_stored(weight: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor, Tensor | None]:
+    """A weight argument and its scale, unpacked if it is packed."""
+    return unpack_weight(weight, format) if is_packed(weight) else (weight, scale)
+
+
+def expect_packed(op: str, argument: str, packed: Tensor, format: str) -> None:
+    size = VALUE_BYTES + SCALE_BYTES[format]
+    if packed.dim() != 4 or packed.dtype != torch.uint8 or packed.shape[-1] != size or not packed.is_contiguous():
+        expected, got = f"contiguous uint8 [E, N/{BLOCK}, K/{BLOCK}, {size}]", str(packed.dtype).replace("torch.", "")
+        raise RuntimeError(f"{op}: {argument}: expected {expected} of pack_weight, got {got} {list(packed.shape)}")
+
+
+def _block_k(op: str, format: str) -> int:
+    if format not in SCALE_BYTES:
+        raise RuntimeError(f"{op}: format: expected one of {', '.join(SCALE_BYTES)}, got {format}")
+    return get_format(op, format).weight_block[1]
+
+
+def _code_bits(register: int, half: int) -> tuple[int, ...]:
+    """Which bits of a word are the bits of a register's code, lowest first."""
+    shifts = (MAGNITUDE_SHIFTS[register],) * 3 + (SIGN_SHIFTS[register],)
+    return tuple(bit + 16 * half - shift for bit, shift in zip(REGISTER_BITS, shifts, strict=True))
+
+
+def _words(codes: Tensor) -> Tensor:
+    """codes uint8 [E, N, K] -> int32 [E, N/64, K/64, 2 halves, 128 threads, 2 steps]."""
+    num_experts, n, k = codes.shape
+    codes = codes.view(num_experts, n // BLOCK, 4, 2, 8, k // BLOCK, 2, 2, 2, 4, 2)
+    # eights of k, of rows, value; [E, N/64, K/64, half, warp, row, c, step]
+    codes = codes.permute(8, 3, 10, 0, 1, 5, 6, 2, 4, 9, 7)
+    words = torch.zeros(codes.shape[3:], dtype=torch.int32, device=codes.device)
+    for register in range(4):
+        for half in range(2):
+            code = codes[register // 2, register % 2, half].int()
+            for bit, position in enumerate(_code_bits(register, half)):
+                words |= (code >> bit & 1) << position
+    return words.flatten(4, 6)
+
+
+def _codes(words: Tensor) -> Tensor:
+    """The inverse of `_words`; its last three dimensions may be one."""
+    num_experts, row_blocks, k_blocks = words.shape[:3]
+    words = words.reshape(num_experts, row_blocks, k_blocks, 2, 4, 8, 4, 2)
+    codes = torch.empty((2, 2, 2, *words.shape), dtype=torch.uint8, device=words.device)
+    for register in range(4):
+        for half in range(2):
+            bits = (words >> position & 1 for position in _code_bits(register, half))
+            codes[register // 2, register % 2, half] = sum(bit << i for i, bit in enumerate(bits))
+    codes = codes.permute(3, 4, 7, 1, 8, 5, 6, 10, 0, 9, 2)
+    return codes.reshape(num_experts, row_blocks * BLOCK, k_blocks * BLOCK)
+
+
+def _scale_blocks(stored: Tensor, k_blocks: int) -> Tensor:
+    """uint8 [E, N, K / block_k] -> [E, N/64, K/64, bytes]."""
+    num_experts, n, columns = stored.shape
+    stored = stored.view(num_experts, n // BLOCK, 4, 2, 8, k_blocks, columns // k_blocks // 2, 2)
+    return stored.permute(0, 1, 5, 2, 4, 6, 3, 7).reshape(num_experts, n // BLOCK, k_blocks, -1)
+
+
+def _rows_of_scales(blocks: Tensor) -> Tensor:
+    """The inverse of `_scale_blocks`."""
+    num_experts, row_blocks, k_blocks, size = blocks.shape
+    blocks = blocks.reshape(num_experts, row_blocks, k_blocks, 4, 8, size // 128, 2, 2)
+    return blocks.permute(0, 1, 3, 6, 4, 2, 5, 7).reshape(num_experts, row_blocks * BLOCK, -1)
+
+
+@cache
+def _stored_scales(format: str) -> Tensor:
+    """What is stored for each byte of a scale; nvfp4's lower seven bits alone."""
+    byte = torch.arange(256)
+    if format == "mxfp4":
+        return (byte + MXFP4_EXPONENT_SHIFT).clamp(max=255).to(torch.uint8)
+    byte = byte & 0x7F
+    # Exponent fields begin at 4 for e4m3's normal numbers and at 1 for its smallest subnormal; 31 keeps NaN.
+    subnormal = torch.tensor([0, 8, 16, 20, 24, 26, 28, 30])[byte & 7]
+    stored = torch.where(byte < 8, subnormal, byte + (3 << 3))
+    return torch.where(byte == 0x7F, 0xFF, stored).to(torch.uint8)
+
+
+@cache
+def _scales_stored(format: str) -> Tensor:
+    """The inverse of `_stored_scales`."""
+    table = torch.zeros(256, dtype=torch.uint8)
+    count = 256 if format == "mxfp4" else 128
+    table[_stored_scales(format)[:count].long()] = torch.arange(count, dtype=torch.uint8)
+    return table
