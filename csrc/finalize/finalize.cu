@@ -1,7 +1,7 @@
 // out[t] = routed_scaling_factor * sum over k, in order, of topk_weights[t, k] * expert_out[slot_to_row[t, k]],
 // float32.
 //
-// expert_out [P, H], out [T, H]. A thread owns 8 columns of a token, or with many tokens 2 x 8, and has 8 independent
+// expert_out [P, H], out [T, H]. A thread owns 8 columns of a token, or with many tokens 2 x 8, and has 8 or 16 independent
 // 16-byte loads in flight. The order of the sum is fixed and nothing is atomic: deterministic and batch-invariant.
 #include <torch/csrc/stable/library.h>
 
@@ -17,10 +17,11 @@ namespace {
 
 constexpr int kLanes = 32;
 
-// The sums of kChunks chunks of a token, `step` apart.
-template <typename T, bool kVectorized, int kChunks>
+// The sums of kChunks chunks of a token, `step` apart, with kLoads loads in flight.
+template <typename T, int kChunks, int kLoads>
 struct Sum {
-  static constexpr int kRowsInFlight = kVectorized ? 8 / kChunks : 1;
+  static constexpr bool kVectorized = kLoads > 1;
+  static constexpr int kRowsInFlight = kLoads / kChunks;
   float x[kChunks][kChunk] = {};
   bool invalid = false;
 
@@ -50,8 +51,9 @@ struct Sum {
   }
 };
 
-template <typename T, bool kVectorized, int kChunks>
+template <typename T, int kChunks, int kLoads>
 __global__ void __launch_bounds__(kMaxThreads) finalize_kernel(FinalizeArgs args) {
+  constexpr bool kVectorized = kLoads > 1;
   constexpr Format kOut = std::is_same_v<T, __half> ? Format::fp16 : Format::bf16;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t chunk = static_cast<int64_t>(blockIdx.y) * blockDim.x * kChunks + threadIdx.x;
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(kMaxThreads) finalize_kernel(FinalizeArgs args
   pdl_wait();
   pdl_launch_next();
   if (token >= args.num_tokens) return;
-  Sum<T, kVectorized, kChunks> sum;
+  Sum<T, kChunks, kLoads> sum;
   for (int base = 0; base < args.top_k; base += kLanes) {
     const int64_t slot = token * args.top_k + base + lane;
     const bool exists = base + lane < args.top_k;
@@ -88,9 +90,10 @@ cudaError_t finalize(const FinalizeArgs& args, cudaStream_t stream) {
   const bool vectorized = args.hidden_size % kChunk == 0 && aligned_16(args.expert_out) && aligned_16(args.out);
   const Tiling tiling = tile_rows(args.num_tokens, chunks, vectorized ? 2 : 1);
   return dispatch_dtype(args.dtype, [&]<typename T>() {
-    auto* kernel = !vectorized                   ? finalize_kernel<T, false, 1>
-                   : tiling.chunks_per_thread == 1 ? finalize_kernel<T, true, 1>
-                                                   : finalize_kernel<T, true, 2>;
+    auto* kernel = !vectorized                   ? finalize_kernel<T, 1, 1>
+                   : tiling.chunks_per_thread == 2 ? finalize_kernel<T, 2, 8>
+                   : args.top_k > 8                ? finalize_kernel<T, 1, 16>  // few tokens: one round of latency for all slots
+                                                   : finalize_kernel<T, 1, 8>;
     return launch(kernel, tiling.grid, tiling.block, 0, stream, args);
   });
 }

@@ -136,7 +136,8 @@ struct Smem {
   }
 };
 
-// Finds tiles by their index, in any increasing order. Within an expert, tiles with the same weight rows follow each other.
+// Finds tiles by their index, in any increasing order. Within an expert, tiles with the same weight rows follow each other. The last
+// expert's tiles come first: a shared expert that is fused with the routed ones is the last, and its tiles, of all tokens, take longest.
 template <class C>
 struct TileFinder {
   const KernelParams& p;
@@ -154,7 +155,7 @@ struct TileFinder {
     row_tiles = both_parts() ? tiles_per_part : tiles_per_part * p.gemm[gemm].parts;
     begin = end;
     end += smem.tile_begin[p.num_experts] * row_tiles;
-    expert = 0;
+    expert = p.num_experts - 1;
   }
 
   __device__ void start_next() {
@@ -168,16 +169,16 @@ struct TileFinder {
       if (gemm + 1 == p.num_gemms) return {};
       start_next();
     }
-    index -= begin;
+    index = end - 1 - index;
     while (true) {
-      const int e = expert + (threadIdx.x & 31);
-      const bool past = e >= p.num_experts || smem.tile_begin[e + 1] * row_tiles > index;
+      const int e = expert - (threadIdx.x & 31);
+      const bool past = e <= 0 || smem.tile_begin[e] * row_tiles <= index;
       const uint32_t mask = __ballot_sync(~0u, past);
       if (mask) {
-        expert += __ffs(mask) - 1;
+        expert -= __ffs(mask) - 1;
         break;
       }
-      expert += 32;
+      expert -= 32;
     }
     const int32_t first_tile = smem.tile_begin[expert], token_tiles = smem.tile_begin[expert + 1] - first_tile;
     const int32_t local = index - first_tile * row_tiles;
@@ -201,9 +202,8 @@ struct TileFinder {
 
   // Whether the tile after this one differs in its rows only; then it becomes that tile.
   __device__ bool advance_rows(Tile& tile) const {
-    const int32_t row = tile.row + C::kRows;
-    if (row >= p.gemm[gemm].part_rows || smem.tile_begin[expert + 1] - smem.tile_begin[expert] != 1) return false;
-    tile.row = row;
+    if (tile.row == 0 || smem.tile_begin[expert + 1] - smem.tile_begin[expert] != 1) return false;
+    tile.row -= C::kRows;
     return true;
   }
 };

@@ -136,12 +136,12 @@ inline double expected_hit(const GroupedGemmArgs& args) { return args.num_expert
 template <class Element, Packing kPacking, class F>
 auto with_fused_config(const FusedGemms& fused, int num_sms, F&& f) {
   const GroupedGemmArgs &gemm1 = fused.gemm1, &gemm2 = fused.gemm2;
-  const int64_t hit = std::min<int64_t>(gemm1.num_rows, gemm1.num_experts);  // at most
-  auto tiles = [&](int64_t rows, int64_t tile_rows) { return hit * ((rows + tile_rows - 1) / tile_rows); };
+  const double hit = expected_hit(gemm1);
+  auto tiles = [&](int64_t rows, int64_t tile_rows) { return hit * double((rows + tile_rows - 1) / tile_rows); };
   const bool split = gemm1.num_rows <= 8 * int64_t(gemm1.num_experts) && std::min(tiles(gemm1.n, 256), tiles(gemm2.n, 256)) < 2 * num_sms;
   if constexpr (kPacking != Packing::none) {
     // Two thread blocks an SM, where each gets a few tiles: with less, the longer tiles end later than one round of them saves.
-    const bool many = expected_hit(gemm1) * ((gemm1.n + (split ? 127 : 255)) / (split ? 128 : 256)) >= 4.5 * num_sms;
+    const bool many = tiles(gemm1.n, split ? 128 : 256) >= 4.5 * num_sms;
     if (many && split) return f.template operator()<Config<Element, 32, 2, 1, Mode::split, kPacking, 2>>();
     if (many && gemm1.num_rows <= 12 * int64_t(gemm1.num_experts)) return f.template operator()<Config<Element, 32, 2, 2, Mode::gated, kPacking, 2>>();
   }
