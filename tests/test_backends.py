@@ -163,6 +163,12 @@ def test_grouped_gemm_per_gpu(sm: int, format: str, backend: str) -> None:
             {"format": "mxfp4", "act_format": "fp16", "packed": True},
             "multiplies mxfp4 weights by bf16 activations, got fp16",
         ),
+        (100, {"gemms": (Gemm(256, 256),), "format": "mxfp4", "act_format": "mxfp8"}, None),
+        (
+            120,
+            {"gemms": (Gemm(256, 192),), "format": "mxfp4", "act_format": "mxfp8"},
+            "needs K to be a multiple of 128, got 192",
+        ),
         (100, {"format": "nvfp4", "packed": True}, "needs weights as they are stored, got packed ones"),
         (100, {"gemms": (Gemm(256, 80),), "format": "nvfp4"}, "needs K to be a multiple of 32, got 80"),
         (100, {"gemms": (Gemm(256, 80, 2),), "format": "mxfp8"}, None),
@@ -214,7 +220,7 @@ def test_no_backend_is_one_line_with_every_reason() -> None:
 
 
 def test_formats_without_gpu_kernels() -> None:
-    for op, format, act_format in (("fused_moe", "nvfp4", ""), ("grouped_gemm", "fp8_block", "mxfp8")):
+    for op, format, act_format in (("fused_moe", "mxfp8", ""), ("grouped_gemm", "fp8_block", "mxfp8")):
         backends.expect_gpu_format(op, "cpu", format, act_format)
         with pytest.raises(RuntimeError, match=f"^{op}: .*format: expected .* on a GPU, got") as caught:
             backends.expect_gpu_format(op, "cuda", format, act_format)

@@ -14,6 +14,8 @@ from torch_moe_ops.formats import FORMATS
 host = pytest.importorskip("torch_moe_ops._host", reason="needs the optional module, which is built with pybind11")
 
 BLOCK_K = {"nvfp4": 16, "mxfp8": 32, "mxfp4": 32}
+# Weights, activations.
+PAIRS = [("nvfp4", "nvfp4"), ("mxfp8", "mxfp8"), ("mxfp4", "mxfp4"), ("mxfp4", "mxfp8")]
 
 
 def tensor(data: bytes, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -24,17 +26,21 @@ def nonzero_bytes(*shape: int) -> Tensor:
     return torch.randint(1, 256, shape).to(torch.uint8)
 
 
-def check_groups(format: str, counts: list[int], n: int, k: int) -> None:
+def row_bytes(format: str, k: int) -> int:
+    return k // FORMATS[format].pack * FORMATS[format].dtype.itemsize
+
+
+def check_groups(format: str, act_format: str, counts: list[int], n: int, k: int) -> None:
     """Each expert's entry, and each scale where CUTLASS's layout finds it; all it may read besides is zero."""
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
     used, num_experts, columns = int(offsets[-1]), len(counts), -(-k // BLOCK_K[format])
     rows = used + 3  # the last three are no expert's
     a_scale, b_scale = nonzero_bytes(rows, columns), nonzero_bytes(num_experts, n, columns)
     data = (a_scale.numpy().tobytes(), b_scale.numpy().tobytes(), offsets.numpy().tobytes())
-    read = host.read_block_scaled(format, *data, rows, n, k)
-    row_bytes = k // FORMATS[format].pack * FORMATS[format].dtype.itemsize
+    read = host.read_block_scaled(format, act_format, *data, rows, n, k)
+    a_bytes, b_bytes = row_bytes(act_format, k), row_bytes(format, k)
     expected = [
-        [count, n, k, first * row_bytes, e * n * row_bytes, first * n * 2, e * n * 2, e * n * 4, k, n]
+        [count, n, k, first * a_bytes, e * n * b_bytes, first * n * 2, e * n * 2, e * n * 4, k, n]
         for e, (count, first) in enumerate(zip(counts, offsets.tolist(), strict=False))
     ]
     assert tensor(read["table"], torch.int64, num_experts, 10).tolist() == expected
@@ -44,21 +50,21 @@ def check_groups(format: str, counts: list[int], n: int, k: int) -> None:
     assert (tensor(read["alpha"], torch.float32, num_experts, n) == 1).all()
 
 
-@pytest.mark.parametrize("format", BLOCK_K)
+@pytest.mark.parametrize("format, act_format", PAIRS)
 @pytest.mark.parametrize("n, k", [(8, 32), (136, 7168), (384, 96), (256, 544)])
-def test_s4_groups_and_scales(format: str, n: int, k: int) -> None:
-    check_groups(format, [5, 0, 128, 1, 0, 0, 257, 127, 0], n, k)
+def test_s4_groups_and_scales(format: str, act_format: str, n: int, k: int) -> None:
+    check_groups(format, act_format, [5, 0, 128, 1, 0, 0, 257, 127, 0], n, k)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    format=st.sampled_from(list(BLOCK_K)),
+    pair=st.sampled_from(PAIRS),
     counts=st.lists(st.sampled_from([0, 0, 1, 5, 127, 128, 129, 300]), min_size=1, max_size=7),
     n=st.integers(1, 40),
     k=st.integers(1, 12),
 )
-def test_s4_groups_of_any_size(format: str, counts: list[int], n: int, k: int) -> None:
-    check_groups(format, counts, 8 * n, 32 * k)
+def test_s4_groups_of_any_size(pair: tuple[str, str], counts: list[int], n: int, k: int) -> None:
+    check_groups(*pair, counts, 8 * n, 32 * k)
 
 
 def test_s4_the_global_scales_of_gate_and_up_stay_apart() -> None:
@@ -68,7 +74,9 @@ def test_s4_the_global_scales_of_gate_and_up_stay_apart() -> None:
 
     def alpha(a_global: Tensor, b_global: Tensor) -> Tensor:
         given = a_global.numpy().tobytes(), b_global.contiguous().numpy().tobytes()
-        return tensor(host.read_block_scaled("nvfp4", *scales, 1, n, k, *given)["alpha"], torch.float32, num_experts, n)
+        return tensor(
+            host.read_block_scaled("nvfp4", "nvfp4", *scales, 1, n, k, *given)["alpha"], torch.float32, num_experts, n
+        )
 
     assert torch.equal(alpha(a, b), (a[:, None] * b).repeat_interleave(n // 2, dim=1))
     assert torch.equal(alpha(a[:1], b), (a[0] * b).repeat_interleave(n // 2, dim=1))

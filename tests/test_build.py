@@ -239,13 +239,19 @@ def test_the_table_in_the_readme_is_current() -> None:
 
 
 # The tensor-core instructions that the kernels written for a family must contain. The block-scaled ones read scales
-# themselves: on SM100 UTCOMMA.4X (nvfp4), UTCOMMA (mxfp4), UTCQMMA with a last operand in tensor memory (mxfp8); on
-# SM120 OMMA.SF with UE4M3 (nvfp4) or E8 (mxfp4), QMMA.SF (mxfp8).
+# themselves: on SM100 UTCOMMA.4X (nvfp4), UTCOMMA (mxfp4), UTCQMMA with a last operand in tensor memory (mxfp8, alone
+# and with mxfp4 weights); on SM120 OMMA.SF with UE4M3 (nvfp4) or E8 (mxfp4), QMMA.SF (mxfp8, with E2M1 for mxfp4).
 TENSOR_CORE = {
     "sm80": (r"\bHMMA\.",),
     "sm90": (r"\b[HQ]GMMA\.",),
     "sm100": (r"\bUTC[A-Z]*MMA\b", r"\bUTCOMMA\.4X\b", r"\bUTCOMMA\s", r"\bUTCQMMA\s.*idesc\[\w+\], tmem\["),
-    "sm120": (r"\bQMMA\.", r"\bOMMA\.SF\..*\.UE4M3", r"\bOMMA\.SF\..*\.E8", r"\bQMMA\.SF\..*\.E8"),
+    "sm120": (
+        r"\bQMMA\.",
+        r"\bOMMA\.SF\..*\.UE4M3",
+        r"\bOMMA\.SF\..*\.E8",
+        r"\bQMMA\.SF\..*\.E4M3\.E4M3\.E8",
+        r"\bQMMA\.SF\..*\.E4M3\.E2M1\.E8",
+    ),
 }
 
 

@@ -42,8 +42,10 @@ GEMM_FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     "cutlass_sm80": {format: (format,) for format in ("bf16", "fp16", "int8")},
     "cutlass_sm90": {format: (format,) for format in ("bf16", "fp16", "fp8_block")}
     | {format: ("bf16",) for format in PACKABLE},
-    "cutlass_sm100": {format: (format,) for format in ("bf16", "fp8_block", "mxfp8", "mxfp4", "nvfp4")},
-    "cutlass_sm120": {format: (format,) for format in ("fp8_block", "mxfp8", "mxfp4", "nvfp4")},
+    "cutlass_sm100": {format: (format,) for format in ("bf16", "fp8_block", "mxfp8", "mxfp4", "nvfp4")}
+    | {"mxfp4": ("mxfp4", "mxfp8")},
+    "cutlass_sm120": {format: (format,) for format in ("fp8_block", "mxfp8", "mxfp4", "nvfp4")}
+    | {"mxfp4": ("mxfp4", "mxfp8")},
     "triton": {format: (format,) for format in ("bf16", "fp16")}
     | {format: (format, "bf16", "fp16") for format in ("int8", "fp8_block")},
 }
@@ -224,6 +226,8 @@ def _needs_aligned_rows(p: Problem, within_parts: bool = False) -> str | None:
     on their own where a kernel's tiles do not cross parts."""
     format = FORMATS[p.format]
     k_multiple = 16 // format.dtype.itemsize * format.pack
+    if (p.format, p.act_format) == ("mxfp4", "mxfp8"):
+        k_multiple = 128  # 4-bit values that are multiplied by 8-bit ones are spread to bytes, 128 at a time
     for (n, k, parts), (k_name, n_name) in zip(p.gemms, K_AND_N[p.op], strict=False):
         height, height_name = (n // parts, n_name) if within_parts else (n, "N")
         if k % k_multiple:

@@ -18,7 +18,8 @@ struct BlockScaleView {
 
 // `k` counts values; those of nvfp4 and mxfp4 are two a byte. ab_dtype and the float32 scales are not used.
 struct BlockScaledArgs : GroupedGemmArgs {
-  Format format = Format::nvfp4;
+  Format format = Format::nvfp4;          // of b
+  Format act_format = Format::nvfp4;      // of a: the same, or mxfp8 with mxfp4 weights
   BlockScaleView a_block_scale;           // rows = num_rows
   BlockScaleView b_block_scale;           // rows = n
   const float* a_global_scale = nullptr;  // null: 1
@@ -33,8 +34,11 @@ struct BlockScaledLauncher {
 };
 
 // A kernel and a file each: compiling one takes long.
-extern const BlockScaledLauncher grouped_gemm_nvfp4_sm100, grouped_gemm_mxfp8_sm100, grouped_gemm_mxfp4_sm100;
-extern const BlockScaledLauncher grouped_gemm_nvfp4_sm120, grouped_gemm_mxfp8_sm120, grouped_gemm_mxfp4_sm120;
+extern const BlockScaledLauncher grouped_gemm_nvfp4_sm100, grouped_gemm_mxfp8_sm100, grouped_gemm_mxfp4_sm100, grouped_gemm_mxfp8_mxfp4_sm100;
+extern const BlockScaledLauncher grouped_gemm_nvfp4_sm120, grouped_gemm_mxfp8_sm120, grouped_gemm_mxfp4_sm120, grouped_gemm_mxfp8_mxfp4_sm120;
+
+// 4-bit values that are multiplied by 8-bit ones are spread to a byte each by TMA, 128 at a time.
+constexpr int kMixedAlignment = 128;
 
 // What all of them ask of their arguments, as one sentence; nullptr when all holds.
 inline const char* block_scaled_why_not(const BlockScaledArgs& args) {
@@ -42,6 +46,7 @@ inline const char* block_scaled_why_not(const BlockScaledArgs& args) {
   if (args.out_dtype != DType::bfloat16) return "this kernel writes bfloat16";
   if (args.bias && args.bias_dtype != DType::bfloat16) return "this kernel adds a bfloat16 bias";
   if (args.k % (16 * pack(args.format)) != 0) return "k must be a multiple of 16 bytes";
+  if (args.act_format != args.format && args.k % kMixedAlignment != 0) return "k must be a multiple of 128 where formats differ";
   if (args.n % 8 != 0) return "n must be a multiple of 8";
   if (!aligned(args.a) || !aligned(args.b) || !aligned(args.out)) return "a, b and out must start at multiples of 16 bytes";
   return nullptr;

@@ -74,9 +74,9 @@ size_t block_scaled_workspace_bytes(const BlockScaledArgs& args) {
   return groups.bytes + Gemm::get_workspace_size(block_scaled_arguments<kFormat, Gemm>(args, groups, kMaxSms));
 }
 
-template <Format kFormat, class Gemm>
+template <Format kFormat, Format kActFormat, class Gemm>
 cudaError_t run_block_scaled(const BlockScaledArgs& args, void* workspace, cudaStream_t stream) {
-  if (args.format != kFormat || block_scaled_why_not(args)) return cudaErrorInvalidValue;
+  if (args.format != kFormat || args.act_format != kActFormat || block_scaled_why_not(args)) return cudaErrorInvalidValue;
   if (args.num_rows == 0 || args.num_experts == 0 || args.n == 0) return cudaSuccess;
   const BlockScaledGroups<kFormat> groups(workspace, args);
   if (auto error = pack_scale(a_scale_atoms(args, groups.a_atoms), stream)) return error;
@@ -90,12 +90,15 @@ cudaError_t run_block_scaled(const BlockScaledArgs& args, void* workspace, cudaS
   return run_gemm<Gemm>(arguments, static_cast<char*>(workspace) + groups.bytes, stream);
 }
 
-// The kernel of one format on one family; bfloat16 out, no clusters. `Operand`: CUTLASS's pair of a value and a scale type.
-template <Format kFormat, class Operand, class Tile, class Arch, class EpilogueSchedule, class MainloopSchedule>
+// The kernel of one format on one family; bfloat16 out, no clusters. `Operand`: CUTLASS's pair of a value and a scale type, of a and b
+// or, where b has an `Operand` of its own, of a in kActFormat.
+template <Format kFormat, class Operand, class Tile, class Arch, class EpilogueSchedule, class MainloopSchedule,
+          Format kActFormat = kFormat, class WeightOperand = Operand>
 struct BlockScaledKernel {
   using ElementOut = cutlass::bfloat16_t;
   using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
-  static constexpr int kAlignment = 16 * pack(kFormat);  // values in 16 bytes
+  static constexpr int kActAlignment = 16 * pack(kActFormat);  // values in 16 bytes
+  static constexpr int kWeightAlignment = kActFormat == kFormat ? kActAlignment : kMixedAlignment;
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       Arch, cutlass::arch::OpClassTensorOp, Tile, Cluster,
@@ -105,7 +108,7 @@ struct BlockScaledKernel {
 
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       Arch, cutlass::arch::OpClassBlockScaledTensorOp,
-      Operand, cutlass::layout::RowMajor*, kAlignment, Operand, cutlass::layout::ColumnMajor*, kAlignment,
+      Operand, cutlass::layout::RowMajor*, kActAlignment, WeightOperand, cutlass::layout::ColumnMajor*, kWeightAlignment,
       float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
       MainloopSchedule>::CollectiveOp;
@@ -113,7 +116,7 @@ struct BlockScaledKernel {
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
       cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<ProblemShape>, Mainloop, Epilogue>>;
 
-  static constexpr BlockScaledLauncher kLauncher = {block_scaled_workspace_bytes<kFormat, Gemm>, run_block_scaled<kFormat, Gemm>};
+  static constexpr BlockScaledLauncher kLauncher = {block_scaled_workspace_bytes<kFormat, Gemm>, run_block_scaled<kFormat, kActFormat, Gemm>};
 };
 
 }  // namespace

@@ -83,14 +83,14 @@ template <Format kFormat>
 __host__ __device__ void describe_expert(const BlockScaledArgs& args, const BlockScaledGroups<kFormat>& groups,
                                          int expert, int begin, int end) {
   using Config = typename BlockScaledGroups<kFormat>::ScaleConfig;
-  const auto values = [&](const void* data, int64_t row) {
-    return static_cast<const char*>(data) + row * args.k / pack(kFormat);
+  const auto values = [&](const void* data, int64_t row, Format format) {
+    return static_cast<const char*>(data) + row * args.k / pack(format);
   };
   const int64_t words = (scale_columns(kFormat, args.k) + kWordColumns - 1) / kWordColumns;
   const int64_t first_column = int64_t{expert} * args.n;
   groups.shape[expert] = {end - begin, args.n, args.k};
-  groups.a[expert] = values(args.a, begin);
-  groups.b[expert] = values(args.b, first_column);
+  groups.a[expert] = values(args.a, begin, args.act_format);
+  groups.b[expert] = values(args.b, first_column, kFormat);
   groups.a_scale[expert] = groups.a_atoms + first_atom_row(begin, expert) * words * kAtomRows;
   groups.b_scale[expert] = groups.b_atoms + expert * ceil_div(args.n, kAtomRows) * words * kAtomRows;
   groups.bias[expert] = static_cast<const char*>(args.bias) + first_column * 2;

@@ -106,21 +106,22 @@ void set_global_scales(BlockScaledArgs& args, const std::optional<Tensor>& a_glo
 Tensor block_scaled_with(const BlockScaledLauncher& launcher, const Tensor& a, const Tensor& b, const Tensor& expert_offsets,
                          const std::optional<Tensor>& a_scale, const std::optional<Tensor>& b_scale,
                          const std::optional<Tensor>& a_global_scale, const std::optional<Tensor>& b_global_scale,
-                         const std::optional<Tensor>& bias, Format format, int64_t b_parts, ScalarType dtype) {
+                         const std::optional<Tensor>& bias, Format format, Format act_format, int64_t b_parts, ScalarType dtype) {
   expect_values("b", b, format, {"E", "N", "K"}, a);
-  expect_values("a", a, format, {"P", b.size(2)}, a);
   const int64_t num_experts = b.size(0), n = b.size(1), k = b.size(2) * pack(format), columns = scale_columns(format, k);
+  expect_values("a", a, act_format, {"P", k / pack(act_format)}, a);
   MOE_EXPECT(b_parts >= 1 && n % b_parts == 0, kOp, "b", "a multiple of " << b_parts << " rows per expert", n);
   expect_tensor(kOp, "expert_offsets", expert_offsets, {ScalarType::Int}, {num_experts + 1}, a);
   expect_tensor(kOp, "bias", bias, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, {num_experts, n}, a);
   BlockScaledArgs args;
   args.format = format;
+  args.act_format = act_format;
   args.num_experts = static_cast<int32_t>(num_experts);
   args.n = static_cast<int32_t>(n);
   args.k = static_cast<int32_t>(k);
   args.b_parts = static_cast<int32_t>(b_parts);
   args.num_rows = a.size(0);
-  args.a_block_scale = block_scale("a_scale", a_scale, format, {args.num_rows, columns}, a);
+  args.a_block_scale = block_scale("a_scale", a_scale, act_format, {args.num_rows, columns}, a);
   args.b_block_scale = block_scale("b_scale", b_scale, format, {num_experts, n, columns}, a);
   set_global_scales(args, a_global_scale, b_global_scale, a);
   Tensor out = empty({args.num_rows, n}, dtype, a);
@@ -140,8 +141,8 @@ Tensor block_scaled_with(const BlockScaledLauncher& launcher, const Tensor& a, c
   return out;
 }
 
-// The launcher of a format on a family; null where there is none.
-using BlockScaledFamily = const BlockScaledLauncher* (*)(Format);
+// The launcher of formats of weights and activations on a family; null where there is none.
+using BlockScaledFamily = const BlockScaledLauncher* (*)(Format, Format);
 
 template <auto kWhyNot, auto kWorkspaceBytes, auto kRun, BlockScaledFamily kBlockScaled>
 Tensor grouped_gemm_op(const Tensor& a, const Tensor& b, const Tensor& expert_offsets, const std::optional<Tensor>& a_scale,
@@ -149,19 +150,22 @@ Tensor grouped_gemm_op(const Tensor& a, const Tensor& b, const Tensor& expert_of
                        const std::optional<Tensor>& b_global_scale, const std::optional<Tensor>& bias, const std::string& format,
                        const std::string& act_format, int64_t b_parts, const std::optional<ScalarType>& out_dtype) {
   const Format parsed = parse_format(kOp, format);
-  if (const BlockScaledLauncher* launcher = kBlockScaled(parsed)) {
-    MOE_EXPECT(act_format.empty() || act_format == format, kOp, "act_format", format << " for this backend", act_format);
+  const Format parsed_act = act_format.empty() ? parsed : parse_format(kOp, act_format);
+  if (const BlockScaledLauncher* launcher = kBlockScaled(parsed, parsed_act)) {
     return block_scaled_with(*launcher, a, b, expert_offsets, a_scale, b_scale, a_global_scale, b_global_scale, bias, parsed,
-                             b_parts, out_dtype.value_or(ScalarType::BFloat16));
+                             parsed_act, b_parts, out_dtype.value_or(ScalarType::BFloat16));
   }
   return grouped_gemm_with({kWhyNot, kWorkspaceBytes, kRun}, a, b, expert_offsets, a_scale, b_scale, a_global_scale, b_global_scale, bias,
                            format, act_format, b_parts, out_dtype);
 }
 
-[[maybe_unused]] const BlockScaledLauncher* no_block_scaled(Format) { return nullptr; }
+[[maybe_unused]] const BlockScaledLauncher* no_block_scaled(Format, Format) { return nullptr; }
 
-[[maybe_unused]] const BlockScaledLauncher* choose(Format format, const BlockScaledLauncher& nvfp4,
-                                                   const BlockScaledLauncher& mxfp8, const BlockScaledLauncher& mxfp4) {
+[[maybe_unused]] const BlockScaledLauncher* choose(Format format, Format act_format, const BlockScaledLauncher& nvfp4,
+                                                   const BlockScaledLauncher& mxfp8, const BlockScaledLauncher& mxfp4,
+                                                   const BlockScaledLauncher& mxfp8_mxfp4) {
+  if (format == Format::mxfp4 && act_format == Format::mxfp8) return &mxfp8_mxfp4;
+  if (act_format != format) return nullptr;
   switch (format) {
     case Format::nvfp4: return &nvfp4;
     case Format::mxfp8: return &mxfp8;
@@ -171,14 +175,16 @@ Tensor grouped_gemm_op(const Tensor& a, const Tensor& b, const Tensor& expert_of
 }
 
 #ifdef TORCH_MOE_SM100
-const BlockScaledLauncher* block_scaled_sm100(Format format) {
-  return choose(format, grouped_gemm_nvfp4_sm100, grouped_gemm_mxfp8_sm100, grouped_gemm_mxfp4_sm100);
+const BlockScaledLauncher* block_scaled_sm100(Format format, Format act_format) {
+  return choose(format, act_format, grouped_gemm_nvfp4_sm100, grouped_gemm_mxfp8_sm100, grouped_gemm_mxfp4_sm100,
+                grouped_gemm_mxfp8_mxfp4_sm100);
 }
 #endif
 
 #ifdef TORCH_MOE_SM120
-const BlockScaledLauncher* block_scaled_sm120(Format format) {
-  return choose(format, grouped_gemm_nvfp4_sm120, grouped_gemm_mxfp8_sm120, grouped_gemm_mxfp4_sm120);
+const BlockScaledLauncher* block_scaled_sm120(Format format, Format act_format) {
+  return choose(format, act_format, grouped_gemm_nvfp4_sm120, grouped_gemm_mxfp8_sm120, grouped_gemm_mxfp4_sm120,
+                grouped_gemm_mxfp8_mxfp4_sm120);
 }
 #endif
 

@@ -50,7 +50,6 @@ bool read_atoms(const void* data, const Layout& layout, int rows, int k, std::ve
 
 template <Format kFormat>
 py::dict read_groups(BlockScaledArgs args) {
-  args.format = kFormat;
   std::vector<char> workspace(BlockScaledGroups<kFormat>(nullptr, args).bytes, '\xff');
   const BlockScaledGroups<kFormat> groups(workspace.data(), args);
   pack(a_scale_atoms(args, groups.a_atoms));
@@ -84,7 +83,7 @@ py::dict read_groups(BlockScaledArgs args) {
   return read;
 }
 
-py::dict read_block_scaled(const std::string& format, const std::string& a_scale, const std::string& b_scale,
+py::dict read_block_scaled(const std::string& format, const std::string& act_format, const std::string& a_scale, const std::string& b_scale,
                            const std::string& expert_offsets, int rows, int n, int k, const std::string& a_global_scale,
                            const std::string& b_global_scale) {
   const auto a = from_bytes<uint8_t>(a_scale), b = from_bytes<uint8_t>(b_scale);
@@ -105,16 +104,25 @@ py::dict read_block_scaled(const std::string& format, const std::string& a_scale
   args.a_global_stride = a_global.size() > 1 ? 1 : 0;
   if (!b_global.empty()) args.b_global_scale = b_global.data();
   if (!b_global.empty()) args.b_global_parts = static_cast<int32_t>(b_global.size()) / args.num_experts;
-  if (format == "nvfp4") return read_groups<Format::nvfp4>(args);
-  if (format == "mxfp8") return read_groups<Format::mxfp8>(args);
-  if (format == "mxfp4") return read_groups<Format::mxfp4>(args);
-  throw py::value_error("read_block_scaled: format: expected nvfp4, mxfp8 or mxfp4, got " + format);
+  const auto parse = [](const std::string& name) {
+    if (name == "nvfp4") return Format::nvfp4;
+    if (name == "mxfp8") return Format::mxfp8;
+    if (name == "mxfp4") return Format::mxfp4;
+    throw py::value_error("read_block_scaled: format: expected nvfp4, mxfp8 or mxfp4, got " + name);
+  };
+  args.format = parse(format);
+  args.act_format = parse(act_format);
+  switch (args.format) {
+    case Format::nvfp4: return read_groups<Format::nvfp4>(args);
+    case Format::mxfp8: return read_groups<Format::mxfp8>(args);
+    default: return read_groups<Format::mxfp4>(args);
+  }
 }
 
 }  // namespace
 
 void bind_block_scaled(py::module_& module) {
   using namespace py::literals;
-  module.def("read_block_scaled", &read_block_scaled, "format"_a, "a_scale"_a, "b_scale"_a, "expert_offsets"_a, "rows"_a,
+  module.def("read_block_scaled", &read_block_scaled, "format"_a, "act_format"_a, "a_scale"_a, "b_scale"_a, "expert_offsets"_a, "rows"_a,
              "n"_a, "k"_a, "a_global_scale"_a = "", "b_global_scale"_a = "");
 }
