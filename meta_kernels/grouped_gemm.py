@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..formats import FORMATS, Format, get_format
-from ..packed_weights import PACKABLE, expect_packed, is_packed, weight_sizes
+from ..packed_weights import PACKABLE, expect_packed, has_scale_atoms, is_packed, weight_sizes
 from ._check import (
     BF16_FP16,
     FLOAT32,
@@ -19,6 +19,7 @@ from ._check import (
     refuse,
     storage_dtypes,
 )
+from .pack_scale import check_packed
 from .quantize import check_global_scale
 
 
@@ -123,8 +124,12 @@ def check_weight(
     if format.has_scale and not packed:
         if scale is None:
             refuse(op, scale_name, f"a scale for {format.name}", None)
-        shape = (num_experts, *format.weight_scale_shape(n, k, parts))
-        expect_tensor(op, scale_name, scale, storage_dtypes(format.scale_dtype), shape, device, contiguous=False)
+        rows, columns = format.weight_scale_shape(n, k, parts)
+        if has_scale_atoms(scale) and format.weight_block[0] == 1 and format.scale_dtype.itemsize == 1:
+            check_packed(op, scale_name, scale, "atom", rows, columns, format.scale_dtype, device, lead=(num_experts,))
+        else:
+            shape, dtypes = (num_experts, rows, columns), storage_dtypes(format.scale_dtype)
+            expect_tensor(op, scale_name, scale, dtypes, shape, device, contiguous=False)
     elif scale is not None:
         refuse(op, scale_name, f"none for {format.name}", list(scale.shape))
     if global_scale is not None:

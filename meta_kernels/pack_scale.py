@@ -52,16 +52,18 @@ def check_packed(
     dtype: torch.dtype,
     device: torch.device,
     num_experts: int = 0,
+    lead: tuple[int, ...] | None = None,
 ) -> None:
-    """A packed scale [rows, columns] of `dtype`, or a batch of them: dtype, size, order and alignment.
+    """A packed scale [rows, columns] of `dtype`, or a batch of them (of `lead`, if it is given): dtype, size, order and
+    alignment.
 
     For every op that reads packed scales: each mistake is named here instead of shifting the scales in silence.
     """
     dtypes = tuple(dict.fromkeys((dtype, torch.uint8))) if layout == "atom" else WORDS
     shape = packed_shape(layout, rows, columns, num_experts)
-    lead = packed.shape[: packed.dim() - len(shape)]
+    lead = packed.shape[: packed.dim() - len(shape)][-1:] if lead is None else lead
     contiguous = layout in ("words", "atom")
-    expect_tensor(op, name, packed, dtypes, (*lead[-1:], *shape), device, contiguous=contiguous)
+    expect_tensor(op, name, packed, dtypes, (*lead, *shape), device, contiguous=contiguous)
     if contiguous or 0 in packed.shape:
         return
     strides = (shape[1], 1) if packed.is_contiguous() else packed.stride()[-2:]

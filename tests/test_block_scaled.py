@@ -249,6 +249,19 @@ def test_s4_6_scale_buffers_follow_k_over_16() -> None:
     assert sizes["nvfp4"] - sizes["mxfp4"] == rows * (512 // 16 - 512 // 32) + rows * (256 // 16 - 256 // 32)
 
 
+# ---- S2-10: scales packed at load time -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "mxfp8"])
+def test_s2_10_packed_weight_scales_are_the_same_numbers(format: str) -> None:
+    call = make_moe(format, num_tokens=7)
+    packed = {name: moe.pack_scale(call.options[name], "atom") for name in ("w13_scale", "w2_scale")}
+    assert torch.equal(call(moe.fused_moe, **packed), call(moe.fused_moe))
+    as_bytes = {name: scale.view(torch.uint8) for name, scale in packed.items()}
+    if format != "nvfp4":
+        assert torch.equal(call(moe.fused_moe, **as_bytes), call(moe.fused_moe))
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -291,7 +304,7 @@ def test_s4_9_nothing_changes_its_format_unasked_and_s4_11_mistakes_have_names()
         refusal(call.but(x, w13.view(torch.int32)), moe.fused_moe),
         refusal(call, moe.fused_moe, w13_scale=call.options["w13_scale"].view(torch.uint8)),
         refusal(call, moe.fused_moe, w13_scale=call.options["w13_scale"][..., ::2]),  # scales of blocks of 32
-        refusal(call, moe.fused_moe, w13_scale=packed),  # packed where it is not taken
+        refusal(call, moe.fused_moe, w13_scale=packed[:, :0]),  # atoms of another size
         refusal(call, moe.fused_moe, w13_global_scale=torch.ones(5, 3)),
         refusal(call, moe.fused_moe, w13_global_scale=torch.ones(5, 2).half()),
     ]
@@ -303,7 +316,7 @@ fused_moe: w13: expected uint8 or float4_e2m1fn_x2 [5, 192, 80] on cpu, got int8
 fused_moe: w13: expected uint8 or float4_e2m1fn_x2 [5, 192, 80] on cpu, got int32 [5, 192, 20] on cpu
 fused_moe: w13_scale: expected float8_e4m3fn [5, 192, 10] on cpu, got uint8 [5, 192, 10] on cpu
 fused_moe: w13_scale: expected float8_e4m3fn [5, 192, 10] on cpu, got float8_e4m3fn [5, 192, 5] on cpu
-fused_moe: w13_scale: expected float8_e4m3fn [5, 192, 10] on cpu, got float8_e4m3fn [5, 2, 3, 32, 4, 4] on cpu
+fused_moe: w13_scale: expected float8_e4m3fn or uint8 [5, 2, 3, 32, 4, 4] on cpu, got float8_e4m3fn [5, 0, 3, 32, 4, 4] on cpu
 fused_moe: w13_global_scale: expected float32 [5, 2] on cpu, got float32 [5, 3] on cpu
 fused_moe: w13_global_scale: expected float32 [5, 2] on cpu, got float16 [5, 2] on cpu""",
     )

@@ -30,14 +30,14 @@ def row_bytes(format: str, k: int) -> int:
     return k // FORMATS[format].pack * FORMATS[format].dtype.itemsize
 
 
-def check_groups(format: str, act_format: str, counts: list[int], n: int, k: int) -> None:
+def check_groups(format: str, act_format: str, counts: list[int], n: int, k: int, given_atoms: bool = False) -> None:
     """Each expert's entry, and each scale where CUTLASS's layout finds it; all it may read besides is zero."""
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
     used, num_experts, columns = int(offsets[-1]), len(counts), -(-k // BLOCK_K[format])
     rows = used + 3  # the last three are no expert's
     a_scale, b_scale = nonzero_bytes(rows, columns), nonzero_bytes(num_experts, n, columns)
     data = (a_scale.numpy().tobytes(), b_scale.numpy().tobytes(), offsets.numpy().tobytes())
-    read = host.read_block_scaled(format, act_format, *data, rows, n, k)
+    read = host.read_block_scaled(format, act_format, *data, rows, n, k, given_atoms=given_atoms)
     a_bytes, b_bytes = row_bytes(act_format, k), row_bytes(format, k)
     expected = [
         [count, n, k, first * a_bytes, e * n * b_bytes, first * n * 2, e * n * 2, e * n * 4, k, n]
@@ -54,6 +54,12 @@ def check_groups(format: str, act_format: str, counts: list[int], n: int, k: int
 @pytest.mark.parametrize("n, k", [(8, 32), (136, 7168), (384, 96), (256, 544)])
 def test_s4_groups_and_scales(format: str, act_format: str, n: int, k: int) -> None:
     check_groups(format, act_format, [5, 0, 128, 1, 0, 0, 257, 127, 0], n, k)
+
+
+@pytest.mark.parametrize("format, act_format", PAIRS)
+def test_s2_10_weight_scales_may_be_packed_before_the_call(format: str, act_format: str) -> None:
+    for n, k in ((8, 32), (136, 7168), (384, 96)):
+        check_groups(format, act_format, [5, 0, 128, 1], n, k, given_atoms=True)
 
 
 @settings(max_examples=40, deadline=None)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .formats import CHUNK_ELEMENTS, FORMATS, get_format
+from .scale_layouts import unpack
 
 BLOCK = 64  # rows, and k
 VALUE_BYTES = BLOCK * BLOCK // 2
@@ -95,9 +96,19 @@ def weight_sizes(weight: Tensor, format: str) -> tuple[int, int, int]:
     return weight.shape[0], weight.shape[1] * unit_n, weight.shape[2] * unit_k
 
 
+def has_scale_atoms(scale: Tensor | None) -> bool:
+    """Whether a weight's scale [E, N, columns] is given as `pack_scale` lays it out in atoms."""
+    return scale is not None and scale.dim() == 6
+
+
 def as_stored(weight: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor, Tensor | None]:
-    """A weight argument and its scale, unpacked if it is packed."""
-    return unpack_weight(weight, format) if is_packed(weight) else (weight, scale)
+    """A weight argument and its scale, unpacked if they are packed."""
+    if is_packed(weight):
+        return unpack_weight(weight, format)
+    if has_scale_atoms(scale):
+        _, n, k = weight_sizes(weight, format)
+        scale = unpack(scale, "atom", n, FORMATS[format].weight_scale_shape(n, k)[1], scale.dtype, None)
+    return weight, scale
 
 
 def expect_packed(op: str, argument: str, packed: Tensor, format: str) -> None:

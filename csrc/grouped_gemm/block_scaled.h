@@ -22,6 +22,7 @@ struct BlockScaledArgs : GroupedGemmArgs {
   Format act_format = Format::nvfp4;      // of a: the same, or mxfp8 with mxfp4 weights
   BlockScaleView a_block_scale;           // rows = num_rows
   BlockScaleView b_block_scale;           // rows = n
+  const uint32_t* b_scale_atoms = nullptr;  // b_block_scale as pack_scale lays it out in atoms, instead of it; aligned to 16 bytes
   const float* a_global_scale = nullptr;  // null: 1
   int32_t a_global_stride = 0;            // 1: one an expert; 0: one for all
   const float* b_global_scale = nullptr;  // [num_experts, b_global_parts] or null: 1
@@ -49,6 +50,7 @@ inline const char* block_scaled_why_not(const BlockScaledArgs& args) {
   if (args.act_format != args.format && args.k % kMixedAlignment != 0) return "k must be a multiple of 128 where formats differ";
   if (args.n % 8 != 0) return "n must be a multiple of 8";
   if (!aligned(args.a) || !aligned(args.b) || !aligned(args.out)) return "a, b and out must start at multiples of 16 bytes";
+  if (!aligned(args.b_scale_atoms)) return "the atoms of b_scale must start at a multiple of 16 bytes";
   return nullptr;
 }
 

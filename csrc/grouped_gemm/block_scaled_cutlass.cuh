@@ -80,7 +80,8 @@ cudaError_t run_block_scaled(const BlockScaledArgs& args, void* workspace, cudaS
   if (args.num_rows == 0 || args.num_experts == 0 || args.n == 0) return cudaSuccess;
   const BlockScaledGroups<kFormat> groups(workspace, args);
   if (auto error = pack_scale(a_scale_atoms(args, groups.a_atoms), stream)) return error;
-  if (auto error = pack_scale(b_scale_atoms(args, groups.b_atoms), stream)) return error;
+  if (args.b_scale_atoms == nullptr)
+    if (auto error = pack_scale(b_scale_atoms(args, groups.b_atoms), stream)) return error;
   constexpr int kThreads = 256;
   const dim3 grid(args.num_experts, groups.kHasAlpha ? (args.n + kThreads - 1) / kThreads : 1);
   if (auto error = launch(write_block_scaled_groups<kFormat>, grid, kThreads, 0, stream, args, groups)) return error;

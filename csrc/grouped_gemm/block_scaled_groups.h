@@ -4,7 +4,7 @@
 //   out[e]     = out + begin * n     bias[e] = bias + e * n    alpha[e] = alpha + e * n
 //   a_scale[e] = a_atoms, from atom row first_atom_row(begin, e) on; b_scale[e] = b_atoms, those of expert e
 // with CuTe's layouts of the atoms. Scales come row-major and are packed into a_atoms and b_atoms (128 rows x 4 columns
-// each, 512 bytes) in front of the kernel. All functions also run on the host.
+// each, 512 bytes) in front of the kernel, unless the caller has packed those of b. All functions also run on the host.
 #pragma once
 #include <cute/tensor.hpp>
 #include <cutlass/detail/sm100_blockscaled_layout.hpp>
@@ -61,7 +61,7 @@ struct BlockScaledGroups {
   void** out;
   RowStride *ab_stride, *out_stride;
   AtomLayout *a_scale_layout, *b_scale_layout;
-  uint32_t *a_atoms, *b_atoms;
+  uint32_t *a_atoms, *b_atoms;  // b_atoms: unless the caller has some
   float* alpha_values;
   size_t bytes = 0;  // a multiple of 256, so what follows is aligned for tensor maps
 
@@ -74,7 +74,7 @@ struct BlockScaledGroups {
     each(shape, a, b, a_scale, b_scale, bias, alpha, out, ab_stride, out_stride, a_scale_layout, b_scale_layout);
     const auto words = [](const ScaleArgs& atoms) { return atoms.matrices * atoms.places * atoms.words(); };
     place(a_atoms, words(a_scale_atoms(args, nullptr)));
-    place(b_atoms, words(b_scale_atoms(args, nullptr)));
+    place(b_atoms, args.b_scale_atoms == nullptr ? words(b_scale_atoms(args, nullptr)) : 0);
     place(alpha_values, kHasAlpha ? int64_t{args.num_experts} * args.n : 0);
   }
 };
@@ -92,7 +92,7 @@ __host__ __device__ void describe_expert(const BlockScaledArgs& args, const Bloc
   groups.a[expert] = values(args.a, begin, args.act_format);
   groups.b[expert] = values(args.b, first_column, kFormat);
   groups.a_scale[expert] = groups.a_atoms + first_atom_row(begin, expert) * words * kAtomRows;
-  groups.b_scale[expert] = groups.b_atoms + expert * ceil_div(args.n, kAtomRows) * words * kAtomRows;
+  groups.b_scale[expert] = (args.b_scale_atoms == nullptr ? groups.b_atoms : args.b_scale_atoms) + expert * ceil_div(args.n, kAtomRows) * words * kAtomRows;
   groups.bias[expert] = static_cast<const char*>(args.bias) + first_column * 2;
   groups.alpha[expert] = groups.alpha_values + first_column;
   groups.out[expert] = static_cast<char*>(args.out) + int64_t{begin} * args.n * 2;

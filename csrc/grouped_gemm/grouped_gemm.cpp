@@ -76,6 +76,11 @@ BlockScaleView block_scale(const char* argument, const std::optional<Tensor>& sc
   return {pointer<const uint8_t>(*scale), dims == 3 ? scale->stride(0) : 0, scale->stride(dims - 2), scale->stride(dims - 1)};
 }
 
+void expect_atoms(const char* argument, const Tensor& scale, Format format, std::initializer_list<Dim> dims, const Tensor& like) {
+  if (scale.scalar_type() == ScalarType::Byte) expect_tensor(kOp, argument, scale, {ScalarType::Byte}, dims, like);
+  else expect_tensor(kOp, argument, scale, {scale_dtype(format)}, dims, like);
+}
+
 void set_global_scales(BlockScaledArgs& args, const std::optional<Tensor>& a_global_scale,
                        const std::optional<Tensor>& b_global_scale, const Tensor& like) {
   const bool has_global = args.format == Format::nvfp4;
@@ -122,7 +127,12 @@ Tensor block_scaled_with(const BlockScaledLauncher& launcher, const Tensor& a, c
   args.b_parts = static_cast<int32_t>(b_parts);
   args.num_rows = a.size(0);
   args.a_block_scale = block_scale("a_scale", a_scale, act_format, {args.num_rows, columns}, a);
-  args.b_block_scale = block_scale("b_scale", b_scale, format, {num_experts, n, columns}, a);
+  if (b_scale && b_scale->dim() == 6) {  // packed by pack_scale
+    expect_atoms("b_scale", *b_scale, format, {num_experts, (n + 127) / 128, (columns + 3) / 4, 32, 4, 4}, a);
+    args.b_scale_atoms = pointer<const uint32_t>(*b_scale);
+  } else {
+    args.b_block_scale = block_scale("b_scale", b_scale, format, {num_experts, n, columns}, a);
+  }
   set_global_scales(args, a_global_scale, b_global_scale, a);
   Tensor out = empty({args.num_rows, n}, dtype, a);
   args.a = a.data_ptr();

@@ -1,5 +1,5 @@
 // read_block_scaled: a call of a block-scaled grouped GEMM up to its kernel, on the CPU: scales packed as the threads of
-// pack_scale do, groups written by describe_expert, then every scale read where CUTLASS reads it.
+// pack_scale do (those of b before the call, with given_atoms), groups written by describe_expert, then every scale read where CUTLASS reads it.
 #include "host/device_shims.h"
 
 #include <pybind11/pybind11.h>
@@ -49,11 +49,18 @@ bool read_atoms(const void* data, const Layout& layout, int rows, int k, std::ve
 }
 
 template <Format kFormat>
-py::dict read_groups(BlockScaledArgs args) {
+py::dict read_groups(BlockScaledArgs args, bool given_atoms) {
+  std::vector<uint32_t> prepacked;
+  if (given_atoms) {
+    const ScaleArgs atoms = b_scale_atoms(args, nullptr);
+    prepacked.resize(static_cast<size_t>(atoms.matrices * atoms.places * atoms.words()));
+    pack(b_scale_atoms(args, prepacked.data()));
+    args.b_scale_atoms = prepacked.data();
+  }
   std::vector<char> workspace(BlockScaledGroups<kFormat>(nullptr, args).bytes, '\xff');
   const BlockScaledGroups<kFormat> groups(workspace.data(), args);
   pack(a_scale_atoms(args, groups.a_atoms));
-  pack(b_scale_atoms(args, groups.b_atoms));
+  if (!given_atoms) pack(b_scale_atoms(args, groups.b_atoms));
   const auto offset = [](const void* pointer, const void* base) {
     return static_cast<int64_t>(static_cast<const char*>(pointer) - static_cast<const char*>(base));
   };
@@ -85,7 +92,7 @@ py::dict read_groups(BlockScaledArgs args) {
 
 py::dict read_block_scaled(const std::string& format, const std::string& act_format, const std::string& a_scale, const std::string& b_scale,
                            const std::string& expert_offsets, int rows, int n, int k, const std::string& a_global_scale,
-                           const std::string& b_global_scale) {
+                           const std::string& b_global_scale, bool given_atoms) {
   const auto a = from_bytes<uint8_t>(a_scale), b = from_bytes<uint8_t>(b_scale);
   const auto offsets = from_bytes<int32_t>(expert_offsets);
   const auto a_global = from_bytes<float>(a_global_scale), b_global = from_bytes<float>(b_global_scale);
@@ -113,9 +120,9 @@ py::dict read_block_scaled(const std::string& format, const std::string& act_for
   args.format = parse(format);
   args.act_format = parse(act_format);
   switch (args.format) {
-    case Format::nvfp4: return read_groups<Format::nvfp4>(args);
-    case Format::mxfp8: return read_groups<Format::mxfp8>(args);
-    default: return read_groups<Format::mxfp4>(args);
+    case Format::nvfp4: return read_groups<Format::nvfp4>(args, given_atoms);
+    case Format::mxfp8: return read_groups<Format::mxfp8>(args, given_atoms);
+    default: return read_groups<Format::mxfp4>(args, given_atoms);
   }
 }
 
@@ -124,5 +131,5 @@ py::dict read_block_scaled(const std::string& format, const std::string& act_for
 void bind_block_scaled(py::module_& module) {
   using namespace py::literals;
   module.def("read_block_scaled", &read_block_scaled, "format"_a, "act_format"_a, "a_scale"_a, "b_scale"_a, "expert_offsets"_a, "rows"_a,
-             "n"_a, "k"_a, "a_global_scale"_a = "", "b_global_scale"_a = "");
+             "n"_a, "k"_a, "a_global_scale"_a = "", "b_global_scale"_a = "", "given_atoms"_a = false);
 }

@@ -65,7 +65,8 @@ def grouped_gemm(
         b: weights [E, N, K/pack] in `format`, contiguous; or the result of `pack_weight`, which holds b_scale.
         expert_offsets: int32 [E + 1], from `sort_slots`.
         a_scale: [P, scale columns], any strides; as `permute`, `act_mul` or `quantize` give it.
-        b_scale: [E, b_parts * ceil(N / b_parts / block_rows), ceil(K / block_k)], any strides.
+        b_scale: [E, b_parts * ceil(N / b_parts / block_rows), ceil(K / block_k)], any strides; for nvfp4, mxfp4 and
+            mxfp8 also ``pack_scale(b_scale, "atom")``, which the kernels of SM100 and SM120 then need not make.
         a_global_scale: float32, one element or [E]; nvfp4 activations only.
         b_global_scale: float32 [E, b_parts] or [E]; nvfp4 weights only.
         bias: bfloat16, float16 or float32 [E, N].
