@@ -318,5 +318,5 @@ fused_moe: w13_scale: expected float8_e4m3fn [5, 192, 10] on cpu, got uint8 [5, 
 fused_moe: w13_scale: expected float8_e4m3fn [5, 192, 10] on cpu, got float8_e4m3fn [5, 192, 5] on cpu
 fused_moe: w13_scale: expected float8_e4m3fn or uint8 [5, 2, 3, 32, 4, 4] on cpu, got float8_e4m3fn [5, 0, 3, 32, 4, 4] on cpu
 fused_moe: w13_global_scale: expected float32 [5, 2] on cpu, got float32 [5, 3] on cpu
-fused_moe: w13_global_scale: expected float32 [5, 2] on cpu, got float16 [5, 2] on cpu""",
+fused_moe: w13_global_scale: expected float32 [5, 2] on cpu, got float16 [5, 2] on cpu""",  # noqa: E501
     )
