@@ -18,8 +18,6 @@ Scales: those of rows (r, r + 8) together, as bits that a shift turns into a bfl
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -172,7 +170,6 @@ def _rows_of_scales(blocks: Tensor) -> Tensor:
     return blocks.permute(0, 1, 3, 6, 4, 2, 5, 7).reshape(num_experts, row_blocks * BLOCK, -1)
 
 
-@cache
 def _stored_scales(format: str) -> Tensor:
     """What is stored for each byte of a scale; nvfp4's lower seven bits alone."""
     byte = torch.arange(256)
@@ -185,7 +182,6 @@ def _stored_scales(format: str) -> Tensor:
     return torch.where(byte == 0x7F, 0xFF, stored).to(torch.uint8)
 
 
-@cache
 def _scales_stored(format: str) -> Tensor:
     """The inverse of `_stored_scales`."""
     table = torch.zeros(256, dtype=torch.uint8)

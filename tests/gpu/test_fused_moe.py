@@ -377,6 +377,19 @@ def test_every_tile_configuration_gives_the_same_bits(format: str, num_tokens: i
     assert torch.equal(tokens(call, slice(num_tokens))(overload("cutlass_sm90")), everyone[:num_tokens])
 
 
+@pytest.mark.parametrize("hidden_size", [1024, 2048])  # split tiles up to 64 tokens; gated ones
+@pytest.mark.parametrize("product", PACKED)
+def test_two_thread_blocks_on_an_sm_give_the_same_bits(product: str, hidden_size: int) -> None:
+    """Many tiles of few tokens: packed weights have configurations of their own for them."""
+    if reason := why_not("cutlass_sm90"):
+        pytest.skip(f"cutlass_sm90: {reason}")
+    call = layer(product, 2049, hidden_size=hidden_size, intermediate_size=3072)
+    everyone = call(overload("cutlass_sm90"))
+    for num_tokens in (2, 8, 64, 90):
+        poison_free_memory()
+        assert torch.equal(tokens(call, slice(num_tokens))(overload("cutlass_sm90")), everyone[:num_tokens]), num_tokens
+
+
 # ---- graphs and compile ----------------------------------------------------------------------------------------------
 
 
