@@ -9,9 +9,10 @@ chosen: a problem that no GPU backend takes is an error, not slow code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -350,3 +351,13 @@ def explain(
     built = built_backends(op, device.type)
     facts = (format, act_format, activation, gemms, num_experts, top_k, out_dtype, bias_dtype)
     return explain_problem(Problem(op, device.type, sm, built, *facts, packed=packed))
+
+
+def explain_choices(format: str, act_formats: Sequence[str], **facts: object) -> list[Explanation]:
+    """What each kind of activations gives, for weights as they are stored and packed, up to the first that runs."""
+    explanations = []
+    for act_format, packed in product(act_formats, (False, True) if format in PACKABLE else (False,)):
+        explanations.append(explain(format=format, act_format=act_format, packed=packed, **facts))
+        if explanations[-1].backend:
+            break
+    return explanations

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
-from .support import act_formats, explain_choices, supported
+from torch_moe_ops.backends import explain_choices
+
+from .support import act_formats, supported
 
 # What the configurations of different models call the same thing, the name to prefer first.
 NAMES = {

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 import torch_moe_ops as moe
-from torch_moe_ops.backends import Explanation
+from torch_moe_ops.backends import Explanation, explain_choices
 
 from .methods import Stored, stored
 from .support import (
     DTYPE_FORMATS,
     Unsupported,
     activation_options,
-    explain_choices,
     routed_scaling_factor,
     router_weight_options,
 )

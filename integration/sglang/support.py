@@ -9,14 +9,9 @@ SGLang's objects are read by attribute, with the default of the versions that la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import product
-
 import torch
 
-import torch_moe_ops as moe
-from torch_moe_ops.backends import Explanation
-from torch_moe_ops.packed_weights import PACKABLE
+from torch_moe_ops.backends import explain_choices
 
 NAME = "torch_moe"
 
@@ -43,16 +38,6 @@ ACT_FORMATS = {"mxfp8": ("", "bf16"), "mxfp4": ("bf16", "mxfp8"), "nvfp4": ("", 
 
 def act_formats(format: str, hidden: str = "bf16") -> tuple[str, ...]:
     return tuple(hidden if act_format == "bf16" else act_format for act_format in ACT_FORMATS.get(format, ("",)))
-
-
-def explain_choices(format: str, acts: Sequence[str], **facts: object) -> list[Explanation]:
-    """What each kind of activations gives, for weights as they are stored and packed, up to the first that runs."""
-    explanations = []
-    for act_format, packed in product(acts, (False, True) if format in PACKABLE else (False,)):
-        explanations.append(moe.explain(format=format, act_format=act_format, packed=packed, **facts))
-        if explanations[-1].backend:
-            break
-    return explanations
 
 
 def supported(device: torch.device | str | None = None) -> str:

@@ -183,7 +183,7 @@ GPT_OSS = {"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0, "gate_up_interleaved"
 @pytest.mark.parametrize("format, config", [("mxfp4", {}), ("mxfp4", GPT_OSS), ("nvfp4", {})])
 def test_where_the_backend_wants_them_weights_are_packed_once(monkeypatch, format: str, config: dict) -> None:
     """As on an H200, with the reference in its place: bf16 activations, and gate over up."""
-    monkeypatch.setattr("torch_moe_ops.integration.sglang.support.moe.explain", explain_like_sm90)
+    monkeypatch.setattr("torch_moe_ops.backends.explain", explain_like_sm90)
     layer, dispatched = make_layer(bias=bool(config)), make_dispatched()
     method, names = {
         "mxfp4": (make_method("Mxfp4MoEMethod"), {}),
@@ -204,7 +204,7 @@ def test_where_the_backend_wants_them_weights_are_packed_once(monkeypatch, forma
 
 
 def explain_like_sm90(**facts: object) -> backends.Explanation:
-    problem = backends.explain(device="cpu").problem._replace(act_format=facts["act_format"], packed=facts["packed"])
+    problem = moe.explain(device="cpu").problem._replace(act_format=facts["act_format"], packed=facts["packed"])
     reason = None if facts["packed"] and facts["act_format"] == "bf16" else "needs weights packed by pack_weight"
     return backends.Explanation(problem, (backends.Verdict("reference", reason),))
 
@@ -311,7 +311,7 @@ def test_a_format_without_a_backend_on_the_device_is_refused_when_the_layer_is_b
     def explain(**facts: object) -> backends.Explanation:
         return backends.Explanation(problem, (backends.Verdict("triton", "multiplies bf16, got nvfp4"),))
 
-    monkeypatch.setattr("torch_moe_ops.integration.sglang.support.moe.explain", explain)
+    monkeypatch.setattr("torch_moe_ops.backends.explain", explain)
     with pytest.raises(support.Unsupported, match=r"bf16 experts that no backend runs here \(triton: multiplies bf16,"):
         LayerRunner(make_method(), make_layer(), make_config(), None, SimpleNamespace)
 

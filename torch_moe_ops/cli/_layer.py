@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backends import explain
+from ..backends import explain_choices
 from ..experts import Experts
 from ..formats import FORMATS, ceil_div, quantize_weight
 from ..packed_weights import is_packed, unpack_weight
@@ -97,8 +97,8 @@ def make_experts(case: Case, format: str, act_format: str = "", device: str = "c
 
 def needs_packing(experts: Experts) -> bool:
     """Whether the device takes such experts packed only."""
-    facts = dict(device=experts.w2.device, format=experts.format, act_format=experts.act_format)
-    return explain(**facts).backend is None and explain(**facts, packed=True).backend is not None
+    explanation = explain_choices(experts.format, (experts.act_format,), device=experts.w2.device)[-1]
+    return explanation.backend is not None and explanation.problem.packed
 
 
 def _random_weight(count: int, n: int, k: int, generator: torch.Generator) -> Tensor:

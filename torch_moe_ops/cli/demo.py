@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ..backends import explain
+from ..backends import explain_choices
 from ..experts import Experts
 from ..formats import FORMATS
 from . import _layer
@@ -35,7 +35,7 @@ class Row:
     tolerance: float | None = None
     compiled: bool | None = None  # None: --no-compile
     graph: bool | None = None  # None: no graphs on this device
-    note: str = ""  # why it did not run, or how it failed
+    note: str = ""  # why it did not run, how it failed, or with which activations it ran
     seconds: float = 0.0
 
     @property
@@ -52,7 +52,7 @@ class Row:
             return f"{start}{self.note}"
         same = ["-" if value is None else "same" if value else "DIFFERS" for value in (self.compiled, self.graph)]
         verdict = "ok" if self.ok else "WRONG"
-        return f"{start}{self.error:>9.5f}{self.tolerance:>11.5f}{same[0]:>10}{same[1]:>9}  {verdict}"
+        return f"{start}{self.error:>9.5f}{self.tolerance:>11.5f}{same[0]:>10}{same[1]:>9}  {verdict}  {self.note}".rstrip()
 
 
 HEADER = f"{'layer':<10}{'format':<16}{'backend':<14}{'error':>9}{'tolerance':>11}{'compiled':>10}{'graph':>9}"
@@ -91,29 +91,34 @@ def progress(text: str) -> None:
 
 
 def run(case: _layer.Case, num_tokens: int, format: str, device: str, compiled: bool) -> Row:
-    explanation = explain(
-        "fused_moe",
+    explanation = explain_choices(
+        format,
+        ("", "bf16") if FORMATS[format].has_scale else ("",),  # in the weights' format, else not quantised
         device=device,
-        format=format,
         hidden_size=case.hidden_size,
         intermediate_size=case.intermediate_size,
         num_experts=case.num_experts,
         top_k=case.top_k,
-    )
+    )[-1]
     if explanation.backend is None:
         return Row(case.name, format, None, note=f"no backend on this {device} takes it (see: explain)")
     started = time.monotonic()
     try:
         with torch.no_grad():
-            checks = check(case, num_tokens, format, device, compiled)
+            checks = check(case, num_tokens, format, explanation.problem.act_format, device, compiled)
     except Exception as error:  # one broken format must not hide the others; the row fails
         note = f"FAILED: {' '.join(str(error).split())[:200]}"
         return Row(case.name, format, explanation.backend, note=note, seconds=time.monotonic() - started)
-    return Row(case.name, format, explanation.backend, **checks, seconds=round(time.monotonic() - started, 2))
+    seconds, acts = round(time.monotonic() - started, 2), explanation.problem.act_format
+    return Row(
+        case.name, format, explanation.backend, **checks, note=f"{acts} activations" * bool(acts), seconds=seconds
+    )
 
 
-def check(case: _layer.Case, num_tokens: int, format: str, device: str, compiled: bool) -> dict[str, object]:
-    experts = _layer.make_experts(case, format, device=device)
+def check(
+    case: _layer.Case, num_tokens: int, format: str, act_format: str, device: str, compiled: bool
+) -> dict[str, object]:
+    experts = _layer.make_experts(case, format, act_format, device)
     generator = torch.Generator(device=device).manual_seed(2)
     dtype = _layer.input_dtype(experts)
     inputs = [_layer.make_inputs(case, num_tokens, generator, index, dtype) for index in range(2)]

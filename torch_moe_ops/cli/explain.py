@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--intermediate", type=int, metavar="I", help="intermediate size")
     parser.add_argument("--experts", type=int, metavar="E", help="local experts")
     parser.add_argument("--top-k", type=int, metavar="K", help="experts a token goes to")
+    parser.add_argument("--packed", action="store_true", help="the weights are results of pack_weight")
     parser.add_argument("--sm", type=int, help="compute capability without the dot, 90 for an H100 or H200")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -41,6 +42,7 @@ def main(args: argparse.Namespace) -> int:
         intermediate_size=args.intermediate,
         num_experts=args.experts,
         top_k=args.top_k,
+        packed=args.packed,
     )
     if args.json:
         problem = explanation.problem._asdict() | {"built": sorted(explanation.problem.built)}
