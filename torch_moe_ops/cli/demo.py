@@ -51,8 +51,8 @@ class Row:
         if self.error is None:
             return f"{start}{self.note}"
         same = ["-" if value is None else "same" if value else "DIFFERS" for value in (self.compiled, self.graph)]
-        verdict = "ok" if self.ok else "WRONG"
-        return f"{start}{self.error:>9.5f}{self.tolerance:>11.5f}{same[0]:>10}{same[1]:>9}  {verdict}  {self.note}".rstrip()
+        end = f"{'ok' if self.ok else 'WRONG'}  {self.note}".rstrip()
+        return f"{start}{self.error:>9.5f}{self.tolerance:>11.5f}{same[0]:>10}{same[1]:>9}  {end}"
 
 
 HEADER = f"{'layer':<10}{'format':<16}{'backend':<14}{'error':>9}{'tolerance':>11}{'compiled':>10}{'graph':>9}"
@@ -109,9 +109,9 @@ def run(case: _layer.Case, num_tokens: int, format: str, device: str, compiled: 
     except Exception as error:  # one broken format must not hide the others; the row fails
         note = f"FAILED: {' '.join(str(error).split())[:200]}"
         return Row(case.name, format, explanation.backend, note=note, seconds=time.monotonic() - started)
-    seconds, acts = round(time.monotonic() - started, 2), explanation.problem.act_format
+    note = f"{explanation.problem.act_format} activations" if explanation.problem.act_format else ""
     return Row(
-        case.name, format, explanation.backend, **checks, note=f"{acts} activations" * bool(acts), seconds=seconds
+        case.name, format, explanation.backend, **checks, note=note, seconds=round(time.monotonic() - started, 2)
     )
 
 
