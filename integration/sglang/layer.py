@@ -82,10 +82,11 @@ class LayerRunner:
             self.options["w13_layout"] = "gate_up"
         for name in ("w13", "w2"):
             weight, scale = f"{name}_weight", self.stored.names[f"{name}_scale"]
-            replace_parameter(
-                layer, weight, moe.pack_weight(getattr(layer, weight), getattr(layer, scale), self.stored.format)
-            )
-            setattr(layer, scale, None)
+            packed = moe.pack_weight(getattr(layer, weight), getattr(layer, scale), self.stored.format)
+            replace_parameter(layer, weight, packed)
+            for stored in (scale, f"{name}_weight_packed"):  # under either name, so that the memory goes
+                if hasattr(layer, stored):
+                    setattr(layer, stored, None)
 
     def apply(self, layer: torch.nn.Module, dispatch_output: object) -> object:
         hidden_states, topk_output = dispatch_output.hidden_states, dispatch_output.topk_output

@@ -191,6 +191,7 @@ def test_where_the_backend_wants_them_weights_are_packed_once(monkeypatch, forma
     }[format]
     call = quantise(layer, format, **names)
     layer.w13_input_scale, layer.w2_input_scale = torch.tensor([[0.01, 0.02]]), torch.tensor([0.04])
+    layer.w13_weight_packed = layer.w13_weight  # compressed-tensors' name for them
     options = {"alpha": 1.702, "beta": 1.0, "limit": 7.0, "w13_layout": "interleaved"} if config else {}
     if config:
         call |= {"w13_bias": layer.w13_weight_bias, "w2_bias": layer.w2_weight_bias}
@@ -200,7 +201,8 @@ def test_where_the_backend_wants_them_weights_are_packed_once(monkeypatch, forma
         dispatched.hidden_states, *weights, *routed, **call, format=format, act_format="bf16", **options
     )
     assert torch.equal(run(method, layer, make_config(**config), dispatched), expected)
-    assert layer.w13_weight.dim() == layer.w2_weight.dim() == 4 and layer.w13_weight_scale is None
+    assert layer.w13_weight.dim() == layer.w2_weight.dim() == 4
+    assert layer.w13_weight_scale is layer.w13_weight_packed is None  # nothing is kept twice
 
 
 def explain_like_sm90(**facts: object) -> backends.Explanation:
