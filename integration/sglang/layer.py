@@ -84,9 +84,9 @@ class LayerRunner:
             weight, scale = f"{name}_weight", self.stored.names[f"{name}_scale"]
             packed = moe.pack_weight(getattr(layer, weight), getattr(layer, scale), self.stored.format)
             replace_parameter(layer, weight, packed)
-            for stored in (scale, f"{name}_weight_packed"):  # under either name, so that the memory goes
-                if hasattr(layer, stored):
-                    setattr(layer, stored, None)
+            for attribute in (scale, f"{name}_weight_packed"):  # under either name, so that the memory goes
+                if hasattr(layer, attribute):
+                    setattr(layer, attribute, None)
 
     def apply(self, layer: torch.nn.Module, dispatch_output: object) -> object:
         hidden_states, topk_output = dispatch_output.hidden_states, dispatch_output.topk_output
