@@ -1,4 +1,4 @@
-// wgmma, both operands in shared memory: d[64, N] (+)= a[64, 32 bytes of K] * b[N, 32 bytes of K]^T, float32 d.
+// wgmma: d[64, N] (+)= a[64, 32 bytes of K] * b[N, 32 bytes of K]^T, float32 d; b in shared memory, a there or in registers.
 // Thread t of the warpgroup holds, for token group j, d[4j + {0,1}] = (row 16*(t/32) + t%32/4, token 8j + 2*(t%4) + {0,1})
 // and d[4j + {2,3}] = the same eight rows below.
 #pragma once
@@ -35,10 +35,12 @@ namespace gmma = cute::SM90::GMMA;
 constexpr auto kK = gmma::Major::K;
 
 template <class Element, int kN> struct Instruction;
-#define MOE_INSTRUCTIONS(N)                                                                                  \
-  template <> struct Instruction<__nv_fp8_e4m3, N> { using type = gmma::MMA_64x##N##x32_F32E4M3E4M3_SS_TN<>; };   \
-  template <> struct Instruction<__nv_bfloat16, N> { using type = gmma::MMA_64x##N##x16_F32BF16BF16_SS<kK, kK>; }; \
-  template <> struct Instruction<__half, N> { using type = gmma::MMA_64x##N##x16_F32F16F16_SS<kK, kK>; };
+template <class Element, int kN> struct RegisterInstruction;  // a in registers
+#define MOE_INSTRUCTIONS(N)                                                                                               \
+  template <> struct Instruction<__nv_fp8_e4m3, N> { using type = gmma::MMA_64x##N##x32_F32E4M3E4M3_SS_TN<>; };           \
+  template <> struct Instruction<__nv_bfloat16, N> { using type = gmma::MMA_64x##N##x16_F32BF16BF16_SS<kK, kK>; };         \
+  template <> struct Instruction<__half, N> { using type = gmma::MMA_64x##N##x16_F32F16F16_SS<kK, kK>; };                  \
+  template <> struct RegisterInstruction<__nv_bfloat16, N> { using type = gmma::MMA_64x##N##x16_F32BF16BF16_RS<kK, kK>; };
 MOE_INSTRUCTIONS(8)
 MOE_INSTRUCTIONS(16)
 MOE_INSTRUCTIONS(32)
@@ -62,19 +64,6 @@ struct Mma {
     expand(descriptor(a), descriptor(b), d, accumulate, std::make_index_sequence<kN / 2>{});
   }
 };
-
-namespace detail {
-template <class Element, int kN> struct RegisterInstruction;
-#define MOE_INSTRUCTIONS(N)                                                                                                  \
-  template <> struct RegisterInstruction<__nv_bfloat16, N> { using type = gmma::MMA_64x##N##x16_F32BF16BF16_RS<kK, kK>; }; \
-  template <> struct RegisterInstruction<__half, N> { using type = gmma::MMA_64x##N##x16_F32F16F16_RS<kK, kK>; };
-MOE_INSTRUCTIONS(8)
-MOE_INSTRUCTIONS(16)
-MOE_INSTRUCTIONS(32)
-MOE_INSTRUCTIONS(64)
-MOE_INSTRUCTIONS(128)
-#undef MOE_INSTRUCTIONS
-}  // namespace detail
 
 // d[kOffset .. kOffset + kN / 2) += a * b^T with a [64, 16] in registers: those of thread t are (row 16*(t/32) + t%32/4 + 8*(j%2),
 // k 2*(t%4) + 8*(j/2) + {0,1}).

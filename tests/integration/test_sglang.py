@@ -181,7 +181,7 @@ GPT_OSS = {"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0, "gate_up_interleaved"
 
 
 @pytest.mark.parametrize("format, config", [("mxfp4", {}), ("mxfp4", GPT_OSS), ("nvfp4", {})])
-def test_where_the_backend_wants_them_weights_are_packed_once(monkeypatch, format: str, config: dict) -> None:
+def test_s2_23_weights_are_packed_once_after_loading(monkeypatch, format: str, config: dict) -> None:
     """As on an H200, with the reference in its place: bf16 activations, and gate over up."""
     monkeypatch.setattr("torch_moe_ops.backends.explain", explain_like_sm90)
     layer, dispatched = make_layer(bias=bool(config)), make_dispatched()
