@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import importlib.util
-import json
 import re
 import subprocess
 import sys
@@ -21,8 +20,7 @@ from torch.nn import functional as F
 import torch_moe_ops as moe
 from torch_moe_ops import backends
 from torch_moe_ops.formats import quantize_weight
-from torch_moe_ops.integration.sglang import check, hooks, methods, support
-from torch_moe_ops.integration.sglang.__main__ import main as adapter_main
+from torch_moe_ops.integration.sglang import hooks, methods, support
 from torch_moe_ops.integration.sglang.layer import LayerRunner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -542,90 +540,3 @@ assert resolve("torch_moe").value == "torch_moe" and not resolve("torch_moe").is
 @needs_sglang
 def test_registration_in_the_installed_sglang() -> None:
     subprocess.run([sys.executable, "-c", REGISTERED], check=True)
-
-
-# check ----------------------------------------------------------------------------------------------------------------
-
-QWEN = {
-    "hidden_size": 256,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 256,
-    "intermediate_size": 999,
-    "num_hidden_layers": 4,
-    "torch_dtype": "bfloat16",
-}
-FP8_CONFIG = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-
-
-def test_check_reads_the_experts_of_a_rank() -> None:
-    assert check.read_config(QWEN, tp=4, ep=2) == check.ExpertsOfRank("bf16", 256, 128, 4, 2)
-    assert check.read_config({"text_config": QWEN | FP8_CONFIG}) == check.ExpertsOfRank("fp8_block", 256, 256, 8, 2)
-
-
-@pytest.mark.parametrize(
-    "config, ranks, sentence",
-    [
-        ({**QWEN, "num_experts": None}, {}, "no num_experts or n_routed_experts"),
-        (QWEN, {"tp": 2, "ep": 3}, "--tp 2 --ep 3 does not divide"),
-        (QWEN | FP8_CONFIG, {"tp": 4}, "128x128 blocks do not fit 64 columns on a rank: use --ep 4"),
-        (QWEN | {"quantization_config": {"quant_method": "gptq"}}, {}, "got quant_method gptq"),
-        (QWEN | {"torch_dtype": "float32"}, {}, "got float32"),
-    ],
-)
-def test_check_says_why_not(config, ranks, sentence) -> None:
-    with pytest.raises(ValueError, match=re.escape(sentence)):
-        check.read_config(config, **ranks)
-
-
-def weights_of(bits: int, type: str, strategy: str, **more: object) -> dict:
-    return {"num_bits": bits, "type": type, "strategy": strategy} | more
-
-
-@pytest.mark.parametrize(
-    "quantisation, format",
-    [
-        ({"quant_method": "fp8"}, "fp8_block"),
-        ({"quant_method": "mxfp8"}, "mxfp8"),
-        ({"quant_method": "mxfp4"}, "mxfp4"),
-        ({"quant_method": "w8a8_int8"}, "int8"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
-        ({"quantization": {"quant_algo": "NVFP4", "group_size": 16}}, "nvfp4"),  # hf_quant_config.json
-        ((weights_of(8, "float", "block", block_structure=[128, 128]), weights_of(8, "float", "group")), "fp8_block"),
-        ((weights_of(8, "float", "tensor"), weights_of(8, "float", "tensor")), "fp8_block"),
-        ((weights_of(8, "int", "channel"), weights_of(8, "int", "token", dynamic=True)), "int8"),
-        ((weights_of(4, "float", "tensor_group"), weights_of(4, "float", "tensor_group")), "nvfp4"),
-        ((weights_of(4, "float", "group", group_size=32), None), "mxfp4"),
-        ((weights_of(4, "int", "group", group_size=32), None), None),
-        ((weights_of(8, "float", "channel"), weights_of(8, "float", "token", dynamic=True)), None),
-        ({"quant_method": "modelopt", "quant_algo": "FP8"}, None),
-        ({"quant_method": "fp8", "weight_block_size": [64, 128]}, None),
-    ],
-)
-def test_check_reads_the_format(quantisation, format) -> None:
-    if isinstance(quantisation, tuple):
-        group = dict(zip(("weights", "input_activations"), quantisation, strict=True))
-        quantisation = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
-    if format is None:
-        with pytest.raises(ValueError, match="^expected a model with experts in .* got "):
-            check.read_format({"quantization_config": quantisation})
-    else:
-        assert check.read_format({"quantization_config": quantisation}) == format
-
-
-def test_check_reads_which_layers_have_experts() -> None:
-    assert check.moe_layers(QWEN | {"first_k_dense_replace": 1}) == [1, 2, 3]
-    assert check.moe_layers({"text_config": QWEN | {"decoder_sparse_step": 2, "mlp_only_layers": [3]}}) == [1]
-
-
-def test_check_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(QWEN))
-    assert adapter_main(["check", str(tmp_path), "--device", "cpu", "--port", "1"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("not looked at: --port 1\n") and out.endswith("\nsupported\n")
-    assert "4 layers with experts: 0, 1, 2, 3\n" in out
-    assert adapter_main(["check", str(tmp_path), "--device", "cpu", "--moe-a2a-backend", "deepep"]) == 1
-    refusal = f"not supported: expected {support.supported('cpu')}, got --moe-a2a-backend deepep\n"
-    assert refusal in capsys.readouterr().out
-    assert adapter_main(["check", str(tmp_path / "absent")]) == 1
-    assert "not supported: " in capsys.readouterr().out
