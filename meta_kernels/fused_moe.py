@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..activations import LAYOUTS, get_activation
 from ..formats import Format
+from ..packed_weights import is_packed
 from ._check import BF16_FP16, FLOAT32, INT32, expect_choice, expect_sizes, expect_tensor, refuse
 from .act_mul import check_activation
 from .grouped_gemm import check_formats, check_weight, expect_weight
@@ -46,6 +47,8 @@ def check(
     check_activation(op, activation, alpha, beta, limit)
     parts = 2 if get_activation(op, activation).gated else 1
     num_experts, intermediate_size = _check_sizes(op, weights, acts, hidden_states, w2)
+    if is_packed(w13) != is_packed(w2):
+        refuse(op, "w13", "packed or not as w2 is", list(w13.shape))
     sizes = (num_experts, parts * intermediate_size, hidden_size)
     check_weight(op, "w13", weights, w13, w13_scale, w13_global_scale, w13_bias, sizes, parts, device)
     sizes = (num_experts, hidden_size, intermediate_size)

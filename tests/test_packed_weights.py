@@ -7,7 +7,7 @@ import torch
 from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_cases import Call, make_moe
+from moe_cases import Call, make_moe, opcheck
 from torch import Tensor
 
 import torch_moe_ops as moe
@@ -112,11 +112,14 @@ def test_grouped_gemm_and_fused_moe_take_either(format: str) -> None:
     packed = [moe.pack_weight(w, call.options[f"{name}_scale"], format) for name, w in (("w13", w13), ("w2", w2))]
     other = Call(x, *packed, *routing, **(call.options | {"w13_scale": None, "w2_scale": None}))
     assert torch.equal(other(moe.fused_moe), call(moe.fused_moe))
+    opcheck(torch.ops.moe.fused_moe.default, other)
     offsets = torch.tensor([0, 5, 9, 9, 20, 33]).int()
     scales = {"b_scale": call.options["w13_scale"], "b_global_scale": call.options["w13_global_scale"]}
     options = {"format": format, "act_format": "bf16", "b_parts": 2}
     got = moe.grouped_gemm(x, packed[0], offsets, **(scales | {"b_scale": None}), **options)
     assert torch.equal(got, moe.grouped_gemm(x, w13, offsets, **scales, **options))
+    mixed = Call(x, packed[0], w2, *routing, **(call.options | {"w13_scale": None}))
+    assert ": w13: expected packed or not as w2 is, got [" in line(RuntimeError, mixed, moe.fused_moe)
 
 
 def test_experts(format: str) -> None:
@@ -161,12 +164,12 @@ def test_refusals(format: str) -> None:
             "\n".join(lines),
             """\
 pack_weight: values: expected N and K to be multiples of 64, got N 100, K 64
-pack_weight: scale: expected torch.float8_e4m3fn [2, 128, 4], got torch.float8_e4m3fn [2, 64, 4]
-pack_weight: values: expected uint8 [E, N, K/2], got torch.float32 [2, 128, 32]
+pack_weight: scale: expected float8_e4m3fn [2, 128, 4] on cpu, got float8_e4m3fn [2, 64, 4] on cpu
+pack_weight: values: expected uint8 [E, N, K/2], got float32 [2, 128, 32] on cpu
 pack_weight: format: expected one of nvfp4, mxfp4, got mxfp8
-unpack_weight: packed: expected contiguous uint8 [E, N/64, K/64, 2304] of pack_weight, got uint8 [2, 128, 32]
+unpack_weight: packed: expected contiguous uint8 [E, N/64, K/64, 2304] of pack_weight, got uint8 [2, 128, 32] on cpu
 grouped_gemm: b_scale: expected none beside packed b, which holds it, got [2, 128, 4]
-grouped_gemm: b: expected contiguous uint8 [E, N/64, K/64, 2304] of pack_weight, got uint8 [2, 2, 1, 2048]
+grouped_gemm: b: expected contiguous uint8 [E, N/64, K/64, 2304] of pack_weight, got uint8 [2, 2, 1, 2048] on cpu
 grouped_gemm: b: expected packed [2, 128, 128] on cpu, got packed [2, 128, 64] on cpu
 grouped_gemm: b: expected float8_e4m3fn [E, N, K] on cpu, got uint8 [2, 2, 1, 2304] on cpu""",  # noqa: E501
         )

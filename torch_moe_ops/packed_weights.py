@@ -9,7 +9,7 @@ r + 8, and of each 16 k those at 2c, 2c + 1, 2c + 8, 2c + 9 with c = t%4 (PTX IS
 Values: [2 halves of 32 k][128 threads][2 steps of 16 k] words of 32 bits. Register j of the operand, for row
 r + 8 (j%2) and k + 8 (j/2), is two values, one in each half. A bfloat16 with e2m1's sign at bit 15 and its other bits
 at 8, 7 and 6 is that number times 2^-126, whether or not it is subnormal: a shift and a mask of the word give the
-register. Of all arrangements, the one below needs the fewest instructions.
+register. Of all arrangements with one shift for a register's magnitudes and one for its signs, this one needs the fewest.
 
 Scales: those of rows (r, r + 8) together, as bits that a shift turns into a bfloat16.
     nvfp4   [32 row pairs][2 pairs of steps][2 rows][2 steps], e4m3 with a wider exponent and without subnormals
@@ -21,7 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .formats import CHUNK_ELEMENTS, FORMATS, get_format
+from .formats import CHUNK_ELEMENTS, FORMATS
+from .meta_kernels._check import describe, refuse
 from .scale_layouts import unpack
 
 BLOCK = 64  # rows, and k
@@ -49,19 +50,20 @@ def pack_weight(values: Tensor, scale: Tensor, format: str) -> Tensor:
     """
     block_k = _block_k("pack_weight", format)
     if values.dim() != 3 or values.element_size() != 1:
-        raise RuntimeError(f"pack_weight: values: expected uint8 [E, N, K/2], got {values.dtype} {list(values.shape)}")
+        refuse("pack_weight", "values", "uint8 [E, N, K/2]", describe(values.dtype, values.shape, values.device))
     num_experts, n, k = values.shape[0], values.shape[1], values.shape[2] * 2
     if n % BLOCK or k % BLOCK:
-        raise RuntimeError(f"pack_weight: values: expected N and K to be multiples of {BLOCK}, got N {n}, K {k}")
-    if list(scale.shape) != [num_experts, n, k // block_k] or scale.element_size() != 1:
-        expected = f"{get_format('pack_weight', format).scale_dtype} {[num_experts, n, k // block_k]}"
-        raise RuntimeError(f"pack_weight: scale: expected {expected}, got {scale.dtype} {list(scale.shape)}")
+        refuse("pack_weight", "values", f"N and K to be multiples of {BLOCK}", f"N {n}, K {k}")
+    shape = (num_experts, n, k // block_k)
+    if scale.shape != shape or scale.element_size() != 1 or scale.device != values.device:
+        expected = describe(FORMATS[format].scale_dtype, shape, values.device)
+        refuse("pack_weight", "scale", expected, describe(scale.dtype, scale.shape, scale.device))
     values, scale = values.view(torch.uint8), scale.view(torch.uint8)
     packed = values.new_empty((num_experts, n // BLOCK, k // BLOCK, VALUE_BYTES + SCALE_BYTES[format]))
-    step = max(1, CHUNK_ELEMENTS // max(1, n * k))
+    table, step = _stored_scales(format).to(scale.device), max(1, CHUNK_ELEMENTS // max(1, n * k))
     for chunk in (slice(first, first + step) for first in range(0, num_experts, step)):
         codes = torch.stack((values[chunk] & 0xF, values[chunk] >> 4), dim=-1).flatten(-2)
-        stored = _stored_scales(format).to(scale.device)[scale[chunk].int()]
+        stored = table[scale[chunk].int()]
         if format == "nvfp4":  # what the stored scale cannot say
             of_code = scale[chunk].repeat_interleave(block_k, dim=-1)
             codes = torch.where(of_code & 0x7F == 0, 0, codes ^ (of_code >> 7 << 3))
@@ -80,7 +82,7 @@ def unpack_weight(packed: Tensor, format: str) -> tuple[Tensor, Tensor]:
     expect_packed("unpack_weight", "packed", packed, format)
     codes = _codes(packed[..., :VALUE_BYTES].contiguous().view(torch.int32))
     scale = _scales_stored(format).to(packed.device)[_rows_of_scales(packed[..., VALUE_BYTES:]).int()]
-    return codes[..., 0::2] | codes[..., 1::2] << 4, scale.view(get_format("unpack_weight", format).scale_dtype)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, scale.view(FORMATS[format].scale_dtype)
 
 
 def is_packed(weight: Tensor) -> bool:
@@ -112,14 +114,14 @@ def as_stored(weight: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor
 def expect_packed(op: str, argument: str, packed: Tensor, format: str) -> None:
     size = VALUE_BYTES + SCALE_BYTES[format]
     if packed.dim() != 4 or packed.dtype != torch.uint8 or packed.shape[-1] != size or not packed.is_contiguous():
-        expected, got = f"contiguous uint8 [E, N/{BLOCK}, K/{BLOCK}, {size}]", str(packed.dtype).replace("torch.", "")
-        raise RuntimeError(f"{op}: {argument}: expected {expected} of pack_weight, got {got} {list(packed.shape)}")
+        expected = f"contiguous uint8 [E, N/{BLOCK}, K/{BLOCK}, {size}] of pack_weight"
+        refuse(op, argument, expected, describe(packed.dtype, packed.shape, packed.device))
 
 
 def _block_k(op: str, format: str) -> int:
     if format not in SCALE_BYTES:
-        raise RuntimeError(f"{op}: format: expected one of {', '.join(SCALE_BYTES)}, got {format}")
-    return get_format(op, format).weight_block[1]
+        refuse(op, "format", f"one of {', '.join(PACKABLE)}", format)
+    return FORMATS[format].weight_block[1]
 
 
 def _code_bits(register: int, half: int) -> tuple[int, ...]:

@@ -93,7 +93,7 @@ def nvfp4(method: object, layer: nn.Module) -> Stored:
         """One scale for all experts, also those of other ranks: the result does not depend on who computes it."""
         for name in ("13", "2"):
             scale = getattr(layer, f"w{name}_input_scale").max().float().reshape(1)
-            setattr(layer, f"a{name}_global_scale", None if only_weights else scale)
+            setattr(layer, f"a{name}_global_scale", scale)
 
     return Stored("nvfp4", NVFP4_SCALES, (hidden,) if only_weights else act_formats("nvfp4", hidden), prepare)
 
