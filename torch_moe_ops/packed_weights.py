@@ -9,7 +9,7 @@ r + 8, and of each 16 k those at 2c, 2c + 1, 2c + 8, 2c + 9 with c = t%4 (PTX IS
 Values: [2 halves of 32 k][128 threads][2 steps of 16 k] words of 32 bits. Register j of the operand, for row
 r + 8 (j%2) and k + 8 (j/2), is two values, one in each half. A bfloat16 with e2m1's sign at bit 15 and its other bits
 at 8, 7 and 6 is that number times 2^-126, whether or not it is subnormal: a shift and a mask of the word give the
-register. Of all arrangements with one shift for a register's magnitudes and one for its signs, this one needs the fewest.
+register. Of all arrangements with a shift for a register's magnitudes and one for its signs, this needs the fewest.
 
 Scales: those of rows (r, r + 8) together, as bits that a shift turns into a bfloat16.
     nvfp4   [32 row pairs][2 pairs of steps][2 rows][2 steps], e4m3 with a wider exponent and without subnormals
