@@ -8,6 +8,8 @@ on top of each other.
     int8         int32 accumulation, then * a_scale [P, 1] * b_scale [E, N, 1]
 fp8_block and int8 weights also take bf16 and fp16 activations, which have no scale.
 
+With expert_rows [E], the rows of expert e end at expert_offsets[e] + expert_rows[e] instead.
+
 The grid covers the most tiles that P rows can make; which expert a tile belongs to is found on the device. K is never
 split and always walked in the same steps by the same kind of instruction, so a row's result does not depend on the
 other rows.
@@ -37,11 +39,16 @@ TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
-def _find_rows(expert_offsets_ptr, tile, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+def _find_rows(
+    expert_offsets_ptr, expert_rows_ptr, tile, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
     """Expert, first row and end of rows of a tile; the expert is EXPERTS or more for tiles past the last."""
     e = tl.arange(0, EXPERTS)
     start = tl.load(expert_offsets_ptr + e, mask=e < num_experts, other=0)
     end = tl.load(expert_offsets_ptr + e + 1, mask=e < num_experts, other=0)
+    if expert_rows_ptr is not None:
+        expert_rows = tl.load(expert_rows_ptr + e, mask=e < num_experts, other=0)
+        end = start + tl.minimum(tl.maximum(expert_rows, 0), end - start)
     tiles = tl.cdiv(end - start, BLOCK_M)
     expert = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
     first_tile = tl.sum(tl.where(e < expert, tiles, 0), axis=0)
@@ -96,7 +103,8 @@ def _accumulate(
 # Not specialised on what changes from batch to batch: the number of tiles, and the stride of an MN-major a_scale.
 @triton.jit(do_not_specialize=["tiles_m", "stride_a_scale_k"])
 def _grouped_gemm_kernel(
-    a_ptr, b_ptr, out_ptr, expert_offsets_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, n, part_n, num_experts, tiles_m,
+    a_ptr, b_ptr, out_ptr, expert_offsets_ptr, expert_rows_ptr, a_scale_ptr, b_scale_ptr, bias_ptr,
+    n, part_n, num_experts, tiles_m,
     stride_a_scale_row, stride_a_scale_k, stride_b_scale_expert, stride_b_scale_row, stride_b_scale_k,
     K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     TILES_PER_GROUP: tl.constexpr, SCALING: tl.constexpr, UNIFORM: tl.constexpr, DOT: tl.constexpr,
@@ -106,7 +114,7 @@ def _grouped_gemm_kernel(
     group_height = tl.minimum(tiles_m - group * TILES_PER_GROUP, TILES_PER_GROUP)
     in_group = tl.program_id(0) % (TILES_PER_GROUP * tiles_n)
     tile_m, tile_n = group * TILES_PER_GROUP + in_group % group_height, in_group // group_height
-    expert, first_row, end_row = _find_rows(expert_offsets_ptr, tile_m, num_experts, EXPERTS, BLOCK_M)
+    expert, first_row, end_row = _find_rows(expert_offsets_ptr, expert_rows_ptr, tile_m, num_experts, EXPERTS, BLOCK_M)
     if expert >= num_experts:
         return
     expert = expert.to(tl.int64)
@@ -195,6 +203,7 @@ def grouped_gemm(
     a_global_scale: Tensor | None = None,
     b_global_scale: Tensor | None = None,
     bias: Tensor | None = None,
+    expert_rows: Tensor | None = None,
     format: str = "bf16",
     act_format: str = "",
     b_parts: int = 1,
@@ -214,7 +223,7 @@ def grouped_gemm(
     tiles_m = max_rows(rows, num_experts, tile["BLOCK_M"]) // tile["BLOCK_M"]
     with on_device(a):
         _grouped_gemm_kernel[(tiles_m * triton.cdiv(n, tile["BLOCK_N"]),)](
-            as_stored(a), as_stored(b), out, expert_offsets, a_scale if has_a_scale else None,
+            as_stored(a), as_stored(b), out, expert_offsets, expert_rows, a_scale if has_a_scale else None,
             None if scaling == "none" else b_scale, bias, n, n // b_parts, num_experts, tiles_m, *a_strides, *b_strides,
             K=k, EXPERTS=triton.next_power_of_2(num_experts), TILES_PER_GROUP=TILES_PER_GROUP, SCALING=scaling,
             UNIFORM=(n // b_parts) % tile["BLOCK_N"] == 0, DOT=dot, **tile,
