@@ -1,5 +1,6 @@
 // Grouped GEMM launchers, free of torch: out[r, n] = sum_k a[r, k] * b[e, n, k] (+ bias[e, n])
-// for rows r in [expert_offsets[e], expert_offsets[e+1]). Everything is device memory; nothing is read on the host.
+// for rows r in [expert_offsets[e], end_row(e)), end_row(e) = expert_offsets[e+1] unless there are expert_rows. Everything is device
+// memory; nothing is read on the host.
 #pragma once
 #include <cuda_runtime.h>
 #include <cstddef>
@@ -24,11 +25,17 @@ enum class Packing : int { none = 0, nvfp4 = 1, mxfp4 = 2 };
 constexpr int kPackedBlock = 64;  // rows, and k
 constexpr int packed_block_bytes(Packing packing) { return 64 * 64 / 2 + 64 * 64 / (packing == Packing::nvfp4 ? 16 : 32); }
 
+// What an expert of `size` rows uses of them.
+__host__ __device__ constexpr int32_t rows_in_use(int32_t expert_rows, int32_t size) {
+  return expert_rows < 0 ? 0 : expert_rows < size ? expert_rows : size;
+}
+
 struct GroupedGemmArgs {
   const void* a = nullptr;                 // [num_rows, k] row-major
   const void* b = nullptr;                 // [num_experts, n, k] row-major, or packed
   void* out = nullptr;                     // [num_rows, n] row-major
   const int32_t* expert_offsets = nullptr; // [num_experts + 1]
+  const int32_t* expert_rows = nullptr;    // [num_experts], how many of its rows each expert uses, the first ones; or null: all
   const void* bias = nullptr;              // [num_experts, n] or null
   DType ab_dtype = DType::bfloat16;        // of a and b: bfloat16, float16, or float8_e4m3 (the 1x128 x 128x128 block-scaled format)
   DType out_dtype = DType::bfloat16;       // bfloat16, float16 or float32
@@ -39,7 +46,13 @@ struct GroupedGemmArgs {
   ScaleView b_global_scale;                // packed only: [num_experts, b_parts] (stride_row: of the parts), or no data for 1
   int32_t num_experts = 0, n = 0, k = 0;
   int32_t b_parts = 1;                     // b[e] is this many equally tall matrices on top of each other (2: gate over up)
-  int64_t num_rows = 0;                    // rows allocated; rows in use = expert_offsets[num_experts]
+  int64_t num_rows = 0;                    // rows allocated; rows in use are among the first expert_offsets[num_experts]
+
+  // The row after the last one that an expert uses. Nobody has looked at expert_rows: a value outside the expert's range is clamped.
+  __host__ __device__ int32_t end_row(int32_t expert) const {
+    const int32_t begin = expert_offsets[expert], end = expert_offsets[expert + 1];
+    return expert_rows == nullptr ? end : begin + rows_in_use(expert_rows[expert], end - begin);
+  }
 };
 
 // One trio per architecture family. `why_not` returns nullptr when the kernel can run these arguments, else one sentence.

@@ -1,5 +1,5 @@
 // The SM90 grouped GEMM, alone or two of them fused: tiles, shared memory, and how thread blocks find their work.
-//   out[r, n] = sum_k tokens[r, k] * weights[e, n, k] for rows r of expert e
+//   out[r, n] = sum_k tokens[r, k] * weights[e, n, k] for rows r that expert e uses
 //
 // One persistent thread block per SM draws tiles (gemm, expert, weight rows, tokens) from a counter in device memory and
 // finds them in expert_offsets. Drawn in order, tiles with the same weight rows run at the same time, so that memory is
@@ -136,6 +136,12 @@ struct Smem {
   }
 };
 
+// Of the `size` rows of an expert's range, those that it uses: all of them where two GEMMs are fused.
+template <class C>
+__device__ __forceinline__ int32_t rows_in_use(const KernelParams& p, int32_t expert, int32_t size) {
+  return C::kFused || p.expert_rows == nullptr || size == 0 ? size : moe::rows_in_use(p.expert_rows[expert], size);
+}
+
 // Finds tiles by their index, in any increasing order. Within an expert, tiles with the same weight rows follow each other. The last
 // expert's tiles come first: a shared expert that is fused with the routed ones is the last, and its tiles, of all tokens, take longest.
 template <class C>
@@ -193,8 +199,9 @@ struct TileFinder {
   }
 
   __device__ void set_tokens(Tile& tile, int32_t first_tile, int32_t token_tile) const {
-    tile.token = smem.offsets[expert] + token_tile * C::kMaxTokens;
-    tile.valid_tokens = min(C::kMaxTokens, smem.offsets[expert + 1] - tile.token);
+    const int32_t first = smem.offsets[expert], rows = rows_in_use<C>(p, expert, smem.offsets[expert + 1] - first);
+    tile.token = first + token_tile * C::kMaxTokens;
+    tile.valid_tokens = min(C::kMaxTokens, first + rows - tile.token);
     tile.size = max(3, 32 - __clz(tile.valid_tokens - 1));
     if (!C::kHas64 && tile.size == 6) tile.size = 7;
     tile.token_tile = first_tile + token_tile;
@@ -239,7 +246,7 @@ __device__ __forceinline__ void count_tiles(const KernelParams& p, const Smem<C>
     const int e = first + threadIdx.x;
     const bool exists = e < p.num_experts;
     const int32_t rows = !exists ? 0 : counted ? smem.offsets[e + 1] : p.expert_offsets[e + 1] - p.expert_offsets[e];
-    int2 sum = {rows, (rows + C::kMaxTokens - 1) / C::kMaxTokens};
+    int2 sum = {rows, (rows_in_use<C>(p, e, rows) + C::kMaxTokens - 1) / C::kMaxTokens};
     for (int d = 1; d < kLanes; d *= 2) {
       const int2 other = {__shfl_up_sync(~0u, sum.x, d), __shfl_up_sync(~0u, sum.y, d)};
       if (lane >= d) sum.x += other.x, sum.y += other.y;

@@ -67,6 +67,7 @@ cudaError_t launch_plain(const GroupedGemmArgs& args, int32_t* tile_counter, int
   KernelParams p{};
   if (auto e = fill_gemm<C>(p.gemm[0], args)) return e;
   p.expert_offsets = args.expert_offsets;
+  p.expert_rows = args.expert_rows;
   p.tile_counter = tile_counter;
   p.num_gemms = 1;
   p.num_experts = args.num_experts;

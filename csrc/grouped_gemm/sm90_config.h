@@ -65,6 +65,7 @@ struct GemmParams {
 struct KernelParams {
   GemmParams gemm[2];
   const int32_t* expert_offsets;
+  const int32_t* expert_rows;      // plain: see GroupedGemmArgs; or null
   int32_t* tile_counter;           // 0 at the start: tiles drawn
   int32_t num_gemms, num_experts;
   // The rest is for two fused GEMMs.
