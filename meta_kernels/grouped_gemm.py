@@ -33,6 +33,7 @@ def check(
     a_global_scale: Tensor | None = None,
     b_global_scale: Tensor | None = None,
     bias: Tensor | None = None,
+    expert_rows: Tensor | None = None,
     format: str = "bf16",
     act_format: str = "",
     b_parts: int = 1,
@@ -46,6 +47,8 @@ def check(
     expect_range(op, "b_parts", b_parts, 1)
     check_weight(op, "b", b_format, b, b_scale, b_global_scale, bias, (num_experts, n, k), b_parts, device)
     expect_tensor(op, "expert_offsets", expert_offsets, INT32, (num_experts + 1,), device)
+    if expert_rows is not None:
+        expect_tensor(op, "expert_rows", expert_rows, INT32, (num_experts,), device)
     if a_format.has_scale or a_scale is not None:
         if a_scale is None:
             refuse(op, "a_scale", f"a scale for {a_format.name}", None)

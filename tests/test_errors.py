@@ -168,6 +168,9 @@ def test_grouped_gemm() -> None:
             ((), {"b_global_scale": torch.ones(3)}),
             ((), {"a_global_scale": torch.ones(1)}),
             ((), {"bias": torch.ones(3, 5)}),
+            ((), {"expert_rows": torch.ones(4).int()}),
+            ((), {"expert_rows": torch.ones(3).long()}),
+            ((), {"expert_rows": torch.ones(6).int()[::2]}),
             ((), {"act_format": "int8"}),
             ((), {"format": "bf16", "act_format": "fp16"}),
             ((), {"out_dtype": torch.float64}),
@@ -187,6 +190,9 @@ grouped_gemm: b: expected a multiple of 5 rows per expert, got [3, 192, 160]
 grouped_gemm: b_global_scale: expected none for fp8_block, got [3]
 grouped_gemm: a_global_scale: expected none for fp8_block, got [1]
 grouped_gemm: bias: expected bfloat16 or float16 or float32 [3, 192] on cpu, got float32 [3, 5] on cpu
+grouped_gemm: expert_rows: expected int32 [3] on cpu, got int32 [4] on cpu
+grouped_gemm: expert_rows: expected int32 [3] on cpu, got int64 [3] on cpu
+grouped_gemm: expert_rows: expected contiguous int32 [3] on cpu, got int32 [3] on cpu with strides [2]
 grouped_gemm: act_format: expected fp8_block or bf16 or fp16 for fp8_block weights, got int8
 grouped_gemm: act_format: expected bf16 for bf16 weights, got fp16
 grouped_gemm: out_dtype: expected one of bfloat16, float16, float32, got float64""",  # noqa: E501

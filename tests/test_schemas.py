@@ -35,8 +35,8 @@ moe::permute(Tensor hidden_states, Tensor slot_to_row, SymInt num_rows, *, str f
     global_scale=None, Tensor? expert_offsets=None, Tensor? topk_weights=None) -> (Tensor permuted, Tensor
     permuted_scale)
 moe::grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, *, Tensor? a_scale=None, Tensor? b_scale=None,
-    Tensor? a_global_scale=None, Tensor? b_global_scale=None, Tensor? bias=None, str format="bf16", str
-    act_format="", int b_parts=1, ScalarType? out_dtype=None) -> Tensor
+    Tensor? a_global_scale=None, Tensor? b_global_scale=None, Tensor? bias=None, Tensor? expert_rows=None, str
+    format="bf16", str act_format="", int b_parts=1, ScalarType? out_dtype=None) -> Tensor
 moe::act_mul(Tensor gate_up, Tensor expert_offsets, *, str activation="silu", float alpha=1., float beta=0.,
     float? limit=None, str layout="gate_up", str format="bf16", Tensor? global_scale=None) -> (Tensor act,
     Tensor act_scale)

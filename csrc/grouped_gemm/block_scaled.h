@@ -1,7 +1,7 @@
 // Launchers of the grouped GEMMs whose tensor cores read one-byte scales themselves (nvfp4, mxfp8, mxfp4), free of torch:
 //   out[r, n] = alpha[e, n] * sum over blocks kb of a_scale[r, kb] * b_scale[e, n, kb] * sum_{k in kb} a[r, k] * b[e, n, k]
 //               (+ bias[e, n]),   alpha[e, n] = a_global_scale[e] * b_global_scale[e, part of n], 1 for mxfp8 and mxfp4
-// for rows r in [expert_offsets[e], expert_offsets[e+1]). Everything is device memory; nothing is read on the host.
+// for rows r in [expert_offsets[e], end_row(e)). Everything is device memory; nothing is read on the host.
 #pragma once
 #include "common/formats.h"
 #include "grouped_gemm/grouped_gemm.h"

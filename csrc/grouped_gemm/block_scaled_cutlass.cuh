@@ -11,9 +11,9 @@ namespace {
 template <Format kFormat>
 __global__ void write_block_scaled_groups(const __grid_constant__ BlockScaledArgs args,
                                           const __grid_constant__ BlockScaledGroups<kFormat> groups) {
-  pdl_wait();  // expert_offsets and global scales may be the predecessor's output, and the groups its input
+  pdl_wait();  // expert_offsets, expert_rows and global scales may be the predecessor's output, and the groups its input
   const int expert = blockIdx.x, column = blockIdx.y * blockDim.x + threadIdx.x;
-  if (column == 0) describe_expert(args, groups, expert, args.expert_offsets[expert], args.expert_offsets[expert + 1]);
+  if (column == 0) describe_expert(args, groups, expert);
   if constexpr (BlockScaledGroups<kFormat>::kHasAlpha) {
     if (column < args.n) groups.alpha_values[int64_t{expert} * args.n + column] = alpha_of(args, expert, column);
   }

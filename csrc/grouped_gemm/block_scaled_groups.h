@@ -1,4 +1,5 @@
-// What CUTLASS's block-scaled pointer-array kernels read from device memory, for each expert e, rows [begin, end):
+// What CUTLASS's block-scaled pointer-array kernels read from device memory, for each expert e, rows [begin, end) =
+// [expert_offsets[e], end_row(e)):
 //   shape[e]   = (end - begin, n, k)
 //   a[e]       = a + begin * k       b[e] = b + e * n * k      strides (k, 1), in values
 //   out[e]     = out + begin * n     bias[e] = bias + e * n    alpha[e] = alpha + e * n
@@ -80,8 +81,8 @@ struct BlockScaledGroups {
 };
 
 template <Format kFormat>
-__host__ __device__ void describe_expert(const BlockScaledArgs& args, const BlockScaledGroups<kFormat>& groups,
-                                         int expert, int begin, int end) {
+__host__ __device__ void describe_expert(const BlockScaledArgs& args, const BlockScaledGroups<kFormat>& groups, int expert) {
+  const int begin = args.expert_offsets[expert], end = args.end_row(expert);
   using Config = typename BlockScaledGroups<kFormat>::ScaleConfig;
   const auto values = [&](const void* data, int64_t row, Format format) {
     return static_cast<const char*>(data) + row * args.k / pack(format);

@@ -2,7 +2,7 @@
 //
 // CUTLASS wants, in device memory and for each expert, a problem shape, pointers, strides and scale layouts. A small
 // kernel writes them from expert_offsets, so nothing is read on the host:
-//   shape[e]  = (expert_offsets[e+1] - expert_offsets[e], n, k)
+//   shape[e]  = (end_row(e) - expert_offsets[e], n, k)
 //   a[e]      = a + expert_offsets[e] * k          stride (k, 1)
 //   b[e]      = b + e * n * k                      stride (k, 1)
 //   out[e]    = out + expert_offsets[e] * n        stride (n, 1)
@@ -70,9 +70,9 @@ __host__ __device__ ScaleLayout<kRows> scale_layout(const ScaleView& view, int r
       make_stride(make_stride(_0{}, int(view.stride_row)), make_stride(_0{}, int(view.stride_k)), 0));
 }
 
-// Fills entry `expert`, whose rows are [begin, end). Elements of a and b have `ab_bytes` bytes, of out and bias 2.
-__host__ __device__ void describe_expert(const GroupedGemmArgs& args, const GroupTable& table, int expert, int begin,
-                                         int end) {
+// Fills entry `expert`. Elements of a and b have `ab_bytes` bytes, of out and bias 2.
+__host__ __device__ void describe_expert(const GroupedGemmArgs& args, const GroupTable& table, int expert) {
+  const int begin = args.expert_offsets[expert], end = args.end_row(expert);
   const auto at = [](const void* data, int64_t byte) { return static_cast<const char*>(data) + byte; };
   const int64_t ab_bytes = args.ab_dtype == DType::float8_e4m3 ? 1 : 2;
   table.shape[expert] = {end - begin, args.n, args.k};
@@ -90,10 +90,9 @@ __host__ __device__ void describe_expert(const GroupedGemmArgs& args, const Grou
 
 __global__ void write_group_table(const __grid_constant__ GroupedGemmArgs args,
                                   const __grid_constant__ GroupTable table) {
-  pdl_wait();  // expert_offsets may be the predecessor's output, and the table its input
+  pdl_wait();  // expert_offsets and expert_rows may be the predecessor's output, and the table its input
   const int expert = blockIdx.x * blockDim.x + threadIdx.x;
-  if (expert >= args.num_experts) return;
-  describe_expert(args, table, expert, args.expert_offsets[expert], args.expert_offsets[expert + 1]);
+  if (expert < args.num_experts) describe_expert(args, table, expert);
 }
 
 // out = float32 sum (+ bias[e], none when the array of pointers is null), rounded once.

@@ -19,8 +19,8 @@ struct Launcher {
 Tensor grouped_gemm_with(const Launcher& launcher, const Tensor& a, const Tensor& b, const Tensor& expert_offsets,
                          const std::optional<Tensor>& a_scale, const std::optional<Tensor>& b_scale,
                          const std::optional<Tensor>& a_global_scale, const std::optional<Tensor>& b_global_scale,
-                         const std::optional<Tensor>& bias, const std::string& format, const std::string& act_format,
-                         int64_t b_parts, const std::optional<ScalarType>& out_dtype) {
+                         const std::optional<Tensor>& bias, const std::optional<Tensor>& expert_rows, const std::string& format,
+                         const std::string& act_format, int64_t b_parts, const std::optional<ScalarType>& out_dtype) {
   const Format parsed = parse_format(kOp, format), acts = act_format_of(b, parsed);
   const std::string expected_acts = acts == parsed ? format : "bf16";
   MOE_EXPECT((act_format.empty() ? format : act_format) == expected_acts, kOp, "act_format", expected_acts << " for this backend", act_format);
@@ -32,6 +32,7 @@ Tensor grouped_gemm_with(const Launcher& launcher, const Tensor& a, const Tensor
   MOE_EXPECT(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float, kOp, "out_dtype",
              "one of bfloat16, float16, float32", dtype_name(dtype));
   expect_tensor(kOp, "expert_offsets", expert_offsets, {ScalarType::Int}, {b.size(0) + 1}, a);
+  expect_tensor(kOp, "expert_rows", expert_rows, {ScalarType::Int}, {b.size(0)}, a);
   GroupedGemmArgs args = weight_args(kOp, "b", b, b_scale, b_global_scale, bias, parsed, b_parts, a);
   expect_tensor(kOp, "a", a, {value_dtype(acts)}, {"P", args.k}, a);
   if (has_scale(acts)) {
@@ -42,6 +43,7 @@ Tensor grouped_gemm_with(const Launcher& launcher, const Tensor& a, const Tensor
   args.num_rows = a.size(0);
   Tensor out = empty({a.size(0), args.n}, dtype, a);
   args.expert_offsets = pointer<const int32_t>(expert_offsets);
+  args.expert_rows = pointer<const int32_t>(expert_rows);
   args.out = out.data_ptr();
   args.out_dtype = float_dtype(out);
   if (const char* reason = launcher.why_not(args)) refuse(kOp, "backend", "one that runs these arguments", reason);
@@ -113,12 +115,14 @@ void set_global_scales(BlockScaledArgs& args, const std::optional<Tensor>& a_glo
 Tensor block_scaled_with(const BlockScaledLauncher& launcher, const Tensor& a, const Tensor& b, const Tensor& expert_offsets,
                          const std::optional<Tensor>& a_scale, const std::optional<Tensor>& b_scale,
                          const std::optional<Tensor>& a_global_scale, const std::optional<Tensor>& b_global_scale,
-                         const std::optional<Tensor>& bias, Format format, Format act_format, int64_t b_parts, ScalarType dtype) {
+                         const std::optional<Tensor>& bias, const std::optional<Tensor>& expert_rows, Format format,
+                         Format act_format, int64_t b_parts, ScalarType dtype) {
   expect_values("b", b, format, {"E", "N", "K"}, a);
   const int64_t num_experts = b.size(0), n = b.size(1), k = b.size(2) * pack(format), columns = scale_columns(format, k);
   expect_values("a", a, act_format, {"P", k / pack(act_format)}, a);
   MOE_EXPECT(b_parts >= 1 && n % b_parts == 0, kOp, "b", "a multiple of " << b_parts << " rows per expert", n);
   expect_tensor(kOp, "expert_offsets", expert_offsets, {ScalarType::Int}, {num_experts + 1}, a);
+  expect_tensor(kOp, "expert_rows", expert_rows, {ScalarType::Int}, {num_experts}, a);
   expect_tensor(kOp, "bias", bias, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, {num_experts, n}, a);
   BlockScaledArgs args;
   args.format = format;
@@ -142,6 +146,7 @@ Tensor block_scaled_with(const BlockScaledLauncher& launcher, const Tensor& a, c
   args.out = out.data_ptr();
   args.out_dtype = float_dtype(out);
   args.expert_offsets = pointer<const int32_t>(expert_offsets);
+  args.expert_rows = pointer<const int32_t>(expert_rows);
   if (bias) {
     args.bias = bias->data_ptr();
     args.bias_dtype = float_dtype(*bias);
@@ -159,16 +164,17 @@ using BlockScaledFamily = const BlockScaledLauncher* (*)(Format, Format);
 template <auto kWhyNot, auto kWorkspaceBytes, auto kRun, BlockScaledFamily kBlockScaled>
 Tensor grouped_gemm_op(const Tensor& a, const Tensor& b, const Tensor& expert_offsets, const std::optional<Tensor>& a_scale,
                        const std::optional<Tensor>& b_scale, const std::optional<Tensor>& a_global_scale,
-                       const std::optional<Tensor>& b_global_scale, const std::optional<Tensor>& bias, const std::string& format,
-                       const std::string& act_format, int64_t b_parts, const std::optional<ScalarType>& out_dtype) {
+                       const std::optional<Tensor>& b_global_scale, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& expert_rows, const std::string& format, const std::string& act_format,
+                       int64_t b_parts, const std::optional<ScalarType>& out_dtype) {
   const Format parsed = parse_format(kOp, format);
   const Format parsed_act = act_format.empty() ? parsed : parse_format(kOp, act_format);
   if (const BlockScaledLauncher* launcher = kBlockScaled(parsed, parsed_act)) {
-    return block_scaled_with(*launcher, a, b, expert_offsets, a_scale, b_scale, a_global_scale, b_global_scale, bias, parsed,
-                             parsed_act, b_parts, out_dtype.value_or(ScalarType::BFloat16));
+    return block_scaled_with(*launcher, a, b, expert_offsets, a_scale, b_scale, a_global_scale, b_global_scale, bias, expert_rows,
+                             parsed, parsed_act, b_parts, out_dtype.value_or(ScalarType::BFloat16));
   }
   return grouped_gemm_with({kWhyNot, kWorkspaceBytes, kRun}, a, b, expert_offsets, a_scale, b_scale, a_global_scale, b_global_scale, bias,
-                           format, act_format, b_parts, out_dtype);
+                           expert_rows, format, act_format, b_parts, out_dtype);
 }
 
 [[maybe_unused]] const BlockScaledLauncher* no_block_scaled(Format, Format) { return nullptr; }

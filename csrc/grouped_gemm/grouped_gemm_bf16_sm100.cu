@@ -1,6 +1,6 @@
 // Grouped GEMM in bfloat16 on the SM100 tensor cores (tcgen05), through CUTLASS:
 //   out[r, n] = sum_k a[r, k] * b[e, n, k] (+ bias[e, n])
-// for rows r in [expert_offsets[e], expert_offsets[e+1]), any offsets; float32 sums in tensor memory.
+// for rows r in [expert_offsets[e], end_row(e)), any offsets; float32 sums in tensor memory.
 // Compiled and inspected, not executed: see docs/blackwell.md.
 #include "grouped_gemm/cutlass_group_setup.cuh"
 #include "grouped_gemm/grouped_gemm_sm100.h"

@@ -1,6 +1,6 @@
 // Grouped GEMM on the SM100 tensor cores (tcgen05), through CUTLASS: the choice between the kernels, and the FP8 one,
 //   out[r, n] = sum over 128-blocks kb of a_scale[r, kb] * b_scale[e, n/128, kb] * sum_{k in kb} a[r, k] * b[e, n, k]
-// in bfloat16, for rows r in [expert_offsets[e], expert_offsets[e+1]), any offsets. a, b float8_e4m3, scales float32.
+// in bfloat16, for rows r in [expert_offsets[e], end_row(e)), any offsets. a, b float8_e4m3, scales float32.
 // Each 128-block is summed in tensor memory, then scaled and added to a float32 total in registers, in k order.
 // Scales are read one float32 at a time, so neither the offsets nor the scale strides need any alignment.
 // Compiled and inspected, not executed: see docs/blackwell.md.

@@ -1,6 +1,6 @@
 // Grouped GEMM in FP8 on the SM120 tensor cores (mma.sync fed by TMA), through CUTLASS:
 //   out[r, n] = sum over 128-blocks kb of a_scale[r, kb] * b_scale[e, n/128, kb] * sum_{k in kb} a[r, k] * b[e, n, k]
-// in bfloat16, for rows r in [expert_offsets[e], expert_offsets[e+1]), any offsets. a, b float8_e4m3, scales float32.
+// in bfloat16, for rows r in [expert_offsets[e], end_row(e)), any offsets. a, b float8_e4m3, scales float32.
 // Each 128-block is summed in float32, scaled, and added to a float32 total, in k order. Scales are read one float32 at
 // a time, so neither the offsets nor the scale strides need any alignment.
 // For bfloat16 and float16 there is the SM80 kernel, whose PTX runs on SM120 too.

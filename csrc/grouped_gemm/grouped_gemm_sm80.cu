@@ -1,5 +1,5 @@
 // Grouped GEMM on the SM80 tensor cores (mma.sync): out[r, n] = scale * sum_k a[r, k] * b[e, n, k] (+ bias[e, n])
-// for rows r in [expert_offsets[e], expert_offsets[e+1]), any offsets.
+// for rows r in [expert_offsets[e], end_row(e)), any offsets.
 //   a [num_rows, k], b [num_experts, n, k] row-major, bfloat16, float16 or int8; out bfloat16, float16 or float32.
 //   scale = 1; for int8 it is a_scale[r] * b_scale[e, n], one float32 per row of a and of b.
 //
@@ -74,14 +74,14 @@ struct Tile {
 template <int kTileM>
 class TileScheduler {
  public:
-  __device__ explicit TileScheduler(const GroupedGemmArgs& args)
-      : offsets_(args.expert_offsets), num_experts_(args.num_experts), n_tiles_(ceil_div(args.n, kTileN)) {}
+  __device__ explicit TileScheduler(const GroupedGemmArgs& args) : args_(args), n_tiles_(ceil_div(args.n, kTileN)) {}
 
   __device__ bool find(int index, Tile& tile) {
     const int lane = threadIdx.x % 32;
-    for (; first_expert_ < num_experts_; first_expert_ += 32) {
+    for (; first_expert_ < args_.num_experts; first_expert_ += 32) {
       const int expert = first_expert_ + lane;
-      const int begin = offsets_[min(expert, num_experts_)], end = offsets_[min(expert + 1, num_experts_)];
+      const bool exists = expert < args_.num_experts;
+      const int begin = exists ? args_.expert_offsets[expert] : 0, end = exists ? args_.end_row(expert) : 0;
       int last = ceil_div(end - begin, kTileM) * n_tiles_;  // becomes the inclusive sum over the lanes
       const int count = last;
       for (int distance = 1; distance < 32; distance *= 2) {
@@ -113,8 +113,8 @@ class TileScheduler {
     tile.col = index / height * kTileN;
   }
 
-  const int32_t* offsets_;
-  int num_experts_, n_tiles_;
+  const GroupedGemmArgs& args_;
+  int n_tiles_;
   int first_expert_ = 0, first_tile_ = 0;
 };
 

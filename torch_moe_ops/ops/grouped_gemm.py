@@ -10,8 +10,8 @@ from ..meta_kernels.grouped_gemm import output_dtype
 from ..packed_weights import is_packed, weight_sizes
 
 SCHEMA = """(Tensor a, Tensor b, Tensor expert_offsets, *, Tensor? a_scale=None, Tensor? b_scale=None,
-Tensor? a_global_scale=None, Tensor? b_global_scale=None, Tensor? bias=None, str format="bf16", str act_format="",
-int b_parts=1, ScalarType? out_dtype=None) -> Tensor"""
+Tensor? a_global_scale=None, Tensor? b_global_scale=None, Tensor? bias=None, Tensor? expert_rows=None,
+str format="bf16", str act_format="", int b_parts=1, ScalarType? out_dtype=None) -> Tensor"""
 
 
 def facts(
@@ -48,6 +48,7 @@ def grouped_gemm(
     a_global_scale: Tensor | None = None,
     b_global_scale: Tensor | None = None,
     bias: Tensor | None = None,
+    expert_rows: Tensor | None = None,
     format: str = "bf16",
     act_format: str = "",
     b_parts: int = 1,
@@ -60,6 +61,9 @@ def grouped_gemm(
     a and b are dequantised (value * scale * global_scale) and summed in float32. With fp8_block on both sides each
     128-K block is summed on its own, multiplied by a_scale * b_scale and added to the total in K order.
 
+    The masked form, x [E, max_m, K] of which expert e uses rows [0, masked_m[e]), is a = x.flatten(0, 1),
+    expert_offsets = max_m * arange(E + 1) and expert_rows = masked_m.
+
     Args:
         a: activations [P, K/pack] in `act_format`, contiguous.
         b: weights [E, N, K/pack] in `format`, contiguous; or the result of `pack_weight`, which holds b_scale.
@@ -70,6 +74,8 @@ def grouped_gemm(
         a_global_scale: float32, one element or [E]; nvfp4 activations only.
         b_global_scale: float32 [E, b_parts] or [E]; nvfp4 weights only.
         bias: bfloat16, float16 or float32 [E, N].
+        expert_rows: int32 [E], how many rows of its range each expert uses, the first ones; if absent all of them.
+            A value that does not fit the range is an error on a CPU, and clamped on a GPU.
         format: of b.
         act_format: of a; "" = `format`. "bf16" or "fp16" with quantised weights is weight-only quantisation.
         b_parts: b[e] is this many equally tall matrices on top of each other (2 for w13: gate over up); scale blocks
@@ -77,7 +83,7 @@ def grouped_gemm(
         out_dtype: bfloat16, float16 or float32; if absent that of a where it is bfloat16 or float16, else bfloat16.
 
     Returns:
-        [P, N]. Rows outside the experts' ranges are unspecified.
+        [P, N]. Rows that no expert uses are unspecified, and what a holds there does not matter.
 
     Raises:
         RuntimeError: ``grouped_gemm: argument: expected ..., got ...``
@@ -91,6 +97,7 @@ def grouped_gemm(
         a_global_scale=a_global_scale,
         b_global_scale=b_global_scale,
         bias=bias,
+        expert_rows=expert_rows,
         format=format,
         act_format=act_format,
         b_parts=b_parts,

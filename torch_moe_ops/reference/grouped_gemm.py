@@ -1,5 +1,7 @@
 """out[r, n] = sum over k of a[r, k] * b[e, n, k] (+ bias[e, n]) for rows r of expert e: a [P, K], b [E, N, K].
 
+With expert_rows [E], only the first expert_rows[e] rows of expert e.
+
 It reads expert_offsets on the host: a definition, not a kernel. The result of a row does not depend on the other rows:
 rows are multiplied in tiles of a fixed height, so that the matrix library takes the same path for every batch.
 """
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..formats import get_format
+from ..meta_kernels._check import refuse
 from ..meta_kernels.grouped_gemm import output_dtype
 from ..packed_weights import as_stored
 
@@ -26,6 +29,7 @@ def grouped_gemm(
     a_global_scale: Tensor | None = None,
     b_global_scale: Tensor | None = None,
     bias: Tensor | None = None,
+    expert_rows: Tensor | None = None,
     format: str = "bf16",
     act_format: str = "",
     b_parts: int = 1,
@@ -37,11 +41,9 @@ def grouped_gemm(
     a, a_scale = same_bits(a, a_format.dtype), same_bits(a_scale, a_format.scale_dtype)
     b, b_scale = same_bits(b, b_format.dtype), same_bits(b_scale, b_format.scale_dtype)
     out = torch.zeros((a.shape[0], b.shape[1]), dtype=output_dtype(a.dtype, out_dtype), device=a.device)
-    offsets = expert_offsets.tolist()
-    for e, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        if first == last:
+    for e, rows in enumerate(_rows_in_use(expert_offsets, expert_rows)):
+        if rows.start == rows.stop:
             continue
-        rows = slice(first, last)
         row_scale = a_scale[rows] if a_format.has_scale else None
         expert_scale = b_scale[e] if b_format.has_scale else None
         if a_format.name == b_format.name == "fp8_block":
@@ -76,6 +78,19 @@ def block_scaled_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, 
 def same_bits(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The tensor under the format's own dtype; 4-bit values and e8m0 scales may come under another name."""
     return tensor if tensor is None or tensor.dtype == dtype else tensor.view(dtype)
+
+
+def _rows_in_use(expert_offsets: Tensor, expert_rows: Tensor | None) -> list[slice]:
+    """Of each expert. A value of expert_rows outside the expert's range: an error on a CPU, else clamped."""
+    first, size = expert_offsets[:-1], expert_offsets.diff()
+    rows = size
+    if expert_rows is not None:
+        rows = expert_rows.clamp(min=0).minimum(size)
+        if rows.device.type == "cpu" and not torch.equal(rows, expert_rows):
+            e = int((rows != expert_rows).nonzero()[0])
+            got = f"{int(expert_rows[e])} for expert {e} of {int(size[e])} rows"
+            refuse("grouped_gemm", "expert_rows", "values in [0, rows of the expert]", got)
+    return [slice(start, start + count) for start, count in zip(first.tolist(), rows.tolist(), strict=True)]
 
 
 def _tiles(x: Tensor) -> tuple[Tensor, ...]:
