@@ -8,6 +8,7 @@ import pytest
 import torch
 from moe_cases import Call, make_moe
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import torch_moe_ops as moe
 from torch_moe_ops.formats import FORMATS
@@ -36,6 +37,28 @@ class Stages(torch.nn.Module):
         w2 = {"b_scale": o["w2_scale"], "b_global_scale": o["w2_global_scale"]}
         out = moe.grouped_gemm(act, self.w2, offsets, a_scale=act_scale, format=format, **w2)
         return moe.finalize(out, slot_to_row, topk_weights=topk_weights) * 2
+
+
+class Masked(torch.nn.Module):
+    """The layer in the masked form: x [E, max_m, H], of which expert e uses masked_m[e] rows."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        _, self.w13, self.w2 = call.args[:3]
+        self.options = call.options
+
+    def forward(self, x: Tensor, masked_m: Tensor) -> Tensor:
+        o, num_experts, max_m = self.options, *x.shape[:2]
+        format = o["format"]
+        offsets = max_m * torch.arange(num_experts + 1, dtype=torch.int32)
+        rows = {"expert_offsets": offsets, "expert_rows": masked_m, "format": format}
+        a, a_scale = moe.quantize(x.flatten(0, 1), format)
+        w13 = {"b_scale": o["w13_scale"], "b_global_scale": o["w13_global_scale"], "b_parts": 2}
+        gate_up = moe.grouped_gemm(a, self.w13, **rows, a_scale=a_scale, out_dtype=torch.float32, **w13)
+        act, act_scale = moe.act_mul(gate_up, offsets, format=format)
+        w2 = {"b_scale": o["w2_scale"], "b_global_scale": o["w2_global_scale"]}
+        out = moe.grouped_gemm(act, self.w2, **rows, a_scale=act_scale, **w2)
+        return out.view(num_experts, max_m, -1) * 2
 
 
 class Fused(torch.nn.Module):
@@ -77,6 +100,23 @@ def test_one_graph_for_any_number_of_tokens(kind: str, format: str) -> None:
             x, logits = inputs(num_tokens)
             assert torch.equal(compiled(x, logits), eager(x, logits)), num_tokens
     assert len(compilations) <= 2
+
+
+@pytest.mark.parametrize("format", STEPS)
+def test_one_graph_for_any_masked_form(format: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    eager = Masked(make_moe(format, num_tokens=0))
+    compiled, compilations = torch.compile(eager, backend=counter, fullgraph=True, dynamic=True), []
+    for max_m in (7, 64, 3):
+        x, masked_m = torch.randn(5, max_m, 160).bfloat16(), torch.tensor([0, max_m, 1, 3, 2]).int()
+        x[2, 1:] = float("nan")
+        used = torch.arange(max_m) < masked_m[:, None]
+        got = compiled(x, masked_m)[used]
+        assert got.isfinite().all() and torch.equal(got, eager(x, masked_m)[used]), max_m
+        compilations.append(counter.frame_count)
+    # (dynamic=True tries float arguments as symbols first, which makes the first call compile twice.)
+    assert compilations[0] <= 2 and compilations == compilations[:1] * 3
 
 
 def test_by_default_only_sizes_0_and_1_compile_again() -> None:

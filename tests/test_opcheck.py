@@ -70,8 +70,10 @@ def test_grouped_gemm(device: str, format: str) -> None:
     fmt = FORMATS[format]
     a, a_scale = fmt.quantize(torch.randn(10, 160), fmt.act_block)
     b, b_scale, b_global_scale = quantize_weight(torch.randn(4, 48, 160), format, parts=2)
-    scales = {"a_scale": a_scale, "b_scale": b_scale, "b_global_scale": b_global_scale}
-    check("grouped_gemm", device, Call(a, b, routing()[0], **scales, format=format, b_parts=2), format)
+    offsets, scales = routing()[0], {"a_scale": a_scale, "b_scale": b_scale, "b_global_scale": b_global_scale}
+    for expert_rows in (None, offsets.diff()):
+        call = Call(a, b, offsets, **scales, expert_rows=expert_rows, format=format, b_parts=2)
+        check("grouped_gemm", device, call, format)
 
 
 def test_act_mul(device: str, format: str) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from expecttest import assert_expected_inline
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from moe_cases import Call
 from torch import Tensor
 
@@ -15,25 +21,49 @@ N, K = 48, 288
 
 
 def make(
-    format: str, act_format: str = "", alignment: int = 1, b_parts: int = 2, n: int = N, k: int = K, **options: object
+    format: str,
+    act_format: str = "",
+    alignment: int = 1,
+    b_parts: int = 2,
+    n: int = N,
+    k: int = K,
+    counts: list[int] = COUNTS,
+    **options: object,
 ) -> Call:
-    """Rows padded to `alignment`, padding and tail poisoned with NaN; weights differ by part in magnitude."""
+    """Rows padded to `alignment`; padding and tail are NaN, and so are their scales."""
     torch.manual_seed(0)
-    padded = [-(-count // alignment) * alignment for count in COUNTS]
+    padded = [-(-count // alignment) * alignment for count in counts]
     offsets = torch.tensor([0, *padded]).cumsum(0).int()
     x = torch.full((int(offsets[-1]) + 3, k), float("nan"))
-    for first, count in zip(offsets.tolist(), COUNTS, strict=False):
+    for first, count in zip(offsets.tolist(), counts, strict=False):
         x[first : first + count] = torch.randn(count, k)
-    w = torch.randn(len(COUNTS), n, k) * k**-0.5
+    return call_of(x, offsets, format, act_format, b_parts, n, **options)
+
+
+def make_masked(format: str, counts: list[int], max_m: int, act_format: str = "", n: int = N, k: int = K) -> Call:
+    """x [E, max_m, K], of which expert e uses counts[e] rows; the others are NaN, and so are their scales."""
+    torch.manual_seed(0)
+    x, masked_m = torch.randn(len(counts), max_m, k), torch.tensor(counts).int()
+    x[torch.arange(max_m) >= masked_m[:, None]] = float("nan")
+    offsets = max_m * torch.arange(len(counts) + 1).int()
+    return call_of(x.flatten(0, 1), offsets, format, act_format, 2, n, expert_rows=masked_m, out_dtype=torch.float32)
+
+
+def call_of(x: Tensor, offsets: Tensor, format: str, act_format: str, b_parts: int, n: int, **options: object) -> Call:
+    """Random weights, which differ by part in magnitude."""
+    num_experts, k = len(offsets) - 1, x.shape[1]
+    w = torch.randn(num_experts, n, k) * k**-0.5
     w[:, n // 2 :] *= 20.0
     acts = FORMATS[act_format or format]
     values, scale = acts.quantize(x, acts.act_block)
+    bits = scale.view(torch.uint8) if scale.element_size() == 1 else scale
+    bits[x[:, 0].isnan()] = float("nan") if bits is scale else 0xFF  # of e4m3 and of e8m0 a NaN
     b, b_scale, b_global_scale = quantize_weight(w, format, parts=b_parts)
     options |= {"a_scale": scale, "b_scale": b_scale, "b_global_scale": b_global_scale, "b_parts": b_parts}
     return Call(values, b, offsets, format=format, act_format=act_format, **options)
 
 
-def expected(call: Call) -> tuple[Tensor, Tensor]:
+def expected(call: Call, counts: list[int]) -> tuple[Tensor, Tensor]:
     """(out, the sum of |products|) in float64 for every row in use; unused rows are NaN."""
     (values, b, offsets), o = call.args, call.options
     acts, weights = FORMATS[o["act_format"] or o["format"]], FORMATS[o["format"]]
@@ -41,7 +71,7 @@ def expected(call: Call) -> tuple[Tensor, Tensor]:
     w = weights.dequantize(b, o["b_scale"], weights.weight_block, o["b_global_scale"], o["b_parts"]).double()
     out = torch.full((len(x), b.shape[1]), float("nan"), dtype=torch.float64)
     size = out.clone()
-    for e, (first, count) in enumerate(zip(offsets.tolist(), COUNTS, strict=False)):
+    for e, (first, count) in enumerate(zip(offsets.tolist(), counts, strict=False)):
         for row in range(first, first + count):
             products = x[row] * w[e]
             out[row], size[row] = products.sum(1), products.abs().sum(1)
@@ -50,11 +80,11 @@ def expected(call: Call) -> tuple[Tensor, Tensor]:
     return out, size
 
 
-def compare(call: Call) -> None:
+def compare(call: Call, counts: list[int] = COUNTS) -> None:
     got = call(moe.grouped_gemm)
-    out, size = expected(call)
+    out, size = expected(call, counts)
     used = ~out[:, 0].isnan()
-    assert used.sum() == sum(COUNTS)
+    assert used.sum() == sum(counts)
     # Float32 sums of K terms err by less than K * 2^-24 * sum |products| (here: K / 8, errors are random and mostly
     # cancel), scaling by another 4 roundings; the output dtype rounds once more.
     rounding = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}[got.dtype]
@@ -175,3 +205,83 @@ def test_no_rows(format: str) -> None:
     options = call.options | {"a_scale": call.options["a_scale"][:0]}
     out = moe.grouped_gemm(call.args[0][:0], call.args[1], torch.zeros(5, dtype=torch.int32), **options)
     assert out.shape == (0, N)
+
+
+# ---- expert_rows -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_m", [17, 40])
+def test_s0_5_s0_6_the_masked_form(format: str, max_m: int) -> None:
+    compare(make_masked(format, COUNTS, max_m), COUNTS)
+
+
+@pytest.mark.parametrize("format, act_format", [("fp8_block", "bf16"), ("nvfp4", "fp16"), ("mxfp4", "mxfp8")])
+def test_the_masked_form_of_mixed_formats(format: str, act_format: str) -> None:
+    compare(make_masked(format, COUNTS, 20, act_format), COUNTS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    format=st.sampled_from(list(FORMATS)),
+    max_m=st.integers(0, 33),
+    fill=st.lists(st.sampled_from([0.0, 0.0, 0.1, 0.5, 0.9, 1.0]), min_size=1, max_size=5),
+)
+def test_masked_rows_have_the_bits_of_the_same_rows_without_gaps(format: str, max_m: int, fill: list[float]) -> None:
+    """No expert, one, some or all of its rows; nothing of the rows between them reaches a result."""
+    counts = [round(part * max_m) for part in fill]
+    call = make_masked(format, counts, max_m, n=16, k=64)
+    (a, b, _), masked_m, a_scale = call.args, call.options["expert_rows"], call.options["a_scale"]
+    used = (torch.arange(max_m) < masked_m[:, None]).flatten()
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    compact = call.but(_take(a, used), b, offsets, a_scale=_take(a_scale, used), expert_rows=None)
+    assert torch.equal(call(moe.grouped_gemm)[used], compact(moe.grouped_gemm))
+    assert not compact(moe.grouped_gemm).isnan().any()
+
+
+def _take(tensor: Tensor, rows: Tensor) -> Tensor:
+    """tensor[rows], for dtypes that cannot be indexed so."""
+    return tensor.view(torch.uint8)[rows].view(tensor.dtype) if tensor.element_size() == 1 else tensor[rows]
+
+
+def test_expert_rows_end_ranges_of_any_size(format: str) -> None:
+    """Ranges padded to 8 rows, of which the padding is cut off; then without a gap, where nothing is."""
+    rows = {"expert_rows": torch.tensor(COUNTS).int(), "out_dtype": torch.float32}
+    compare(make(format, alignment=8, **rows))
+    call = make(format, **rows)
+    assert torch.equal(call(moe.grouped_gemm), call(moe.grouped_gemm, expert_rows=None))
+
+
+def test_rows_that_an_expert_does_not_have() -> None:
+    call = make("bf16")
+    lines = []
+    for bad in ([5, 0, 18, 1], [5, 1, 17, 1], [-1, 0, 17, 1], [0, 0, 0, 2**31 - 1]):
+        for op in (moe.grouped_gemm, torch.ops.moe.grouped_gemm.reference):
+            with pytest.raises(RuntimeError) as caught:
+                call(op, expert_rows=torch.tensor(bad).int())
+            lines.append(str(caught.value))
+    assert lines[::2] == lines[1::2]
+    assert_expected_inline(
+        "\n".join(lines[::2]),
+        """\
+grouped_gemm: expert_rows: expected values in [0, rows of the expert], got 18 for expert 2 of 17 rows
+grouped_gemm: expert_rows: expected values in [0, rows of the expert], got 1 for expert 1 of 0 rows
+grouped_gemm: expert_rows: expected values in [0, rows of the expert], got -1 for expert 0 of 5 rows
+grouped_gemm: expert_rows: expected values in [0, rows of the expert], got 2147483647 for expert 3 of 1 rows""",
+    )
+
+
+def test_the_masked_layer_in_the_contract() -> None:
+    """The example of docs/ops.md, expert by expert in float64; the tolerance is fp8_block's own error, some 4 %."""
+    page = (Path(__file__).parents[2] / "docs/ops.md").read_text()
+    [example] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(example, names)
+    fp8, out, masked_m = FORMATS["fp8_block"], names["out"], names["masked_m"]
+    w13 = fp8.dequantize(names["w13"], names["w13_scale"], fp8.weight_block, parts=2).double()
+    w2 = fp8.dequantize(names["w2"], names["w2_scale"], fp8.weight_block).double()
+    assert sum(masked_m.tolist()) == 26
+    for e, count in enumerate(masked_m.tolist()):
+        gate, up = (names["x"][e, :count].double() @ w13[e].T).chunk(2, dim=1)
+        dense = (torch.nn.functional.silu(gate) * up) @ w2[e].T
+        assert (out[e, :count] - dense).norm() <= 0.06 * dense.norm()
