@@ -30,23 +30,38 @@ def row_bytes(format: str, k: int) -> int:
     return k // FORMATS[format].pack * FORMATS[format].dtype.itemsize
 
 
-def check_groups(format: str, act_format: str, counts: list[int], n: int, k: int, given_atoms: bool = False) -> None:
-    """Each expert's entry, and each scale where CUTLASS's layout finds it; all it may read besides is zero."""
-    offsets = torch.tensor([0, *counts]).cumsum(0).int()
-    used, num_experts, columns = int(offsets[-1]), len(counts), -(-k // BLOCK_K[format])
-    rows = used + 3  # the last three are no expert's
+def check_groups(
+    format: str,
+    act_format: str,
+    sizes: list[int],
+    n: int,
+    k: int,
+    given_atoms: bool = False,
+    expert_rows: list[int] | None = None,
+) -> None:
+    """Each expert's entry, and each scale where CUTLASS's layout finds it; all it may read besides is zero, or a scale
+    of a row that the expert has and does not use."""
+    offsets = torch.tensor([0, *sizes]).cumsum(0).int()
+    num_experts, columns = len(sizes), -(-k // BLOCK_K[format])
+    rows = int(offsets[-1]) + 3  # the last three are no expert's
     a_scale, b_scale = nonzero_bytes(rows, columns), nonzero_bytes(num_experts, n, columns)
     data = (a_scale.numpy().tobytes(), b_scale.numpy().tobytes(), offsets.numpy().tobytes())
-    read = host.read_block_scaled(format, act_format, *data, rows, n, k, given_atoms=given_atoms)
+    options = {"given_atoms": given_atoms}
+    counts = torch.tensor(sizes)
+    if expert_rows is not None:
+        options["expert_rows"] = torch.tensor(expert_rows, dtype=torch.int32).numpy().tobytes()
+        counts = torch.tensor(expert_rows).clamp(min=0).minimum(counts)
+    read = host.read_block_scaled(format, act_format, *data, rows, n, k, **options)
     a_bytes, b_bytes = row_bytes(act_format, k), row_bytes(format, k)
     expected = [
         [count, n, k, first * a_bytes, e * n * b_bytes, first * n * 2, e * n * 2, e * n * 4, k, n]
-        for e, (count, first) in enumerate(zip(counts, offsets.tolist(), strict=False))
+        for e, (count, first) in enumerate(zip(counts.tolist(), offsets.tolist(), strict=False))
     ]
+    used = torch.cat([torch.arange(first, first + count) for count, first in zip(counts, offsets, strict=False)])
     assert tensor(read["table"], torch.int64, num_experts, 10).tolist() == expected
-    assert torch.equal(tensor(read["a_scale"], torch.uint8, used, columns), a_scale[:used])
+    assert torch.equal(tensor(read["a_scale"], torch.uint8, len(used), columns), a_scale[used])
     assert torch.equal(tensor(read["b_scale"], torch.uint8, num_experts, n, columns), b_scale)
-    assert read["padding_is_zero"]
+    assert read["padding_is_zero"] or expert_rows is not None
     assert (tensor(read["alpha"], torch.float32, num_experts, n) == 1).all()
 
 
@@ -71,6 +86,19 @@ def test_s2_10_weight_scales_may_be_packed_before_the_call(format: str, act_form
 )
 def test_s4_groups_of_any_size(pair: tuple[str, str], counts: list[int], n: int, k: int) -> None:
     check_groups(*pair, counts, 8 * n, 32 * k)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    pair=st.sampled_from(PAIRS),
+    max_m=st.sampled_from([0, 1, 5, 128, 130, 300]),
+    masked_m=st.lists(st.sampled_from([0, 1, 5, 127, 128, 129, 300, -1, 2**31 - 1, -(2**31)]), min_size=1, max_size=7),
+    n=st.integers(1, 40),
+    k=st.integers(1, 12),
+)
+def test_s0_6_groups_of_the_masked_form(pair: tuple[str, str], max_m: int, masked_m: list[int], n: int, k: int) -> None:
+    """As many rows as masked_m says; outside [0, max_m] it is clamped."""
+    check_groups(*pair, [max_m] * len(masked_m), 8 * n, 32 * k, expert_rows=masked_m)
 
 
 def test_s4_the_global_scales_of_gate_and_up_stay_apart() -> None:
