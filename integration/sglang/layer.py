@@ -19,7 +19,7 @@ from torch import Tensor
 import torch_moe_ops as moe
 from torch_moe_ops.backends import Explanation, explain_choices
 
-from .methods import Stored, stored
+from .methods import Stored, replace_parameter, stored
 from .support import (
     DTYPE_FORMATS,
     Unsupported,
@@ -115,17 +115,13 @@ class LayerRunner:
             topk_weights = torch.ones_like(topk_weights)
         slots = hidden_states.repeat_interleave(top_k, dim=0)
         output = self._fused_moe(layer, slots, topk_weights.reshape(-1, 1), topk_ids.reshape(-1, 1))
-        return output.view(num_tokens, top_k, -1)
+        return output.unflatten(0, (num_tokens, top_k))
 
     def set_overlap_args(self, *_: object, **__: object) -> None:
         raise Unsupported("overlap of the down projection with the combine step")
 
     def clear_overlap_args(self) -> None:
         """There are never any."""
-
-
-def replace_parameter(layer: torch.nn.Module, name: str, value: Tensor) -> None:
-    setattr(layer, name, torch.nn.Parameter(value, requires_grad=False))
 
 
 def choose_backend(stored: Stored, layer: torch.nn.Module, activation: str, top_k: int | None) -> Explanation:

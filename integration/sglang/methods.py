@@ -4,7 +4,8 @@
 
 SGLang keeps w13 as [gate; up] for a backend it does not know, so only names differ, except for what is done once when
 the weights have been loaded (`prepare`): FP8 with a scale per tensor becomes FP8 with 128x128 blocks of equal scales,
-which is exact, and NVFP4 gets the global scales of its activations. Nothing here imports SGLang.
+which is exact, FP4 experts of an FP8 checkpoint become MXFP4, and NVFP4 gets the global scales of its activations.
+Nothing here imports SGLang.
 """
 
 from __future__ import annotations
@@ -38,14 +39,28 @@ def unquantised(method: object, layer: nn.Module) -> Stored:
 
 
 def fp8(method: object, layer: nn.Module) -> Stored:
-    if getattr(method, "is_fp4_expert", False):
-        raise Unsupported("FP4 experts in an FP8 checkpoint")
+    if getattr(method, "is_fp4_expert", False):  # DeepSeek-V4: MXFP4 experts in an FP8 checkpoint
+        return Stored("mxfp4", INVERSE_SCALES, act_formats("mxfp4", hidden_format(layer)), view_as_mxfp4)
     if layer.w13_weight.dtype != torch.float8_e4m3fn:
         raise Unsupported(f"FP8 experts in {layer.w13_weight.dtype}")  # to be quantised when loaded
     if getattr(method, "use_mxfp8", False):
         return Stored("mxfp8", INVERSE_SCALES, act_formats("mxfp8", hidden_format(layer)))
     block = getattr(method, "weight_block_size", None)
     return fp8_in_blocks(block, INVERSE_SCALES) if block is not None else fp8_per_tensor()
+
+
+def view_as_mxfp4(layer: nn.Module) -> None:
+    """SGLang loads such values as int8, and their scales, powers of two, as float32: both the same in MXFP4's types."""
+    for name in ("w13", "w2"):
+        values, scale = getattr(layer, f"{name}_weight"), getattr(layer, f"{name}_weight_scale_inv")
+        replace_parameter(layer, f"{name}_weight", values.detach().view(torch.uint8))
+        replace_parameter(layer, f"{name}_weight_scale_inv", scale.detach().to(torch.float8_e8m0fnu))
+
+
+def modelopt_fp8(method: object, layer: nn.Module) -> Stored:
+    if layer.w13_weight.dtype != torch.float8_e4m3fn:
+        raise Unsupported("experts to be quantised to FP8 while they are loaded")
+    return fp8_per_tensor()
 
 
 def fp8_in_blocks(block: Sequence[int], names: dict[str, str]) -> Stored:
@@ -69,7 +84,7 @@ def repeat_scales(layer: nn.Module) -> None:
         parts = scale.numel() // num_experts
         blocks = (-(-rows // parts // 128), -(-columns // 128))
         scale = scale.reshape(num_experts, parts, 1, 1).expand(-1, -1, *blocks).flatten(1, 2)
-        layer.register_parameter(f"{name}_weight_scale_inv", nn.Parameter(scale.contiguous(), requires_grad=False))
+        replace_parameter(layer, f"{name}_weight_scale_inv", scale.contiguous())
 
 
 def int8(method: object, layer: nn.Module) -> Stored:
@@ -112,6 +127,8 @@ def compressed_tensors(method: object, layer: nn.Module) -> Stored:
     if name == "CompressedTensorsW4A4Nvfp4MoE":
         method.load_up_proj_weight_first = False  # read by the loader, later
         return Stored("nvfp4", NVFP4_SCALES, act_formats("nvfp4", hidden_format(layer)), invert_global_scales)
+    if name == "CompressedTensorsW4A16Nvfp4MoE":  # also what newer versions make of W4A4 where a GPU has no NVFP4
+        return Stored("nvfp4", NVFP4_SCALES, (hidden_format(layer),), invert_global_scales)
     raise Unsupported(f"experts under {name}")
 
 
@@ -119,10 +136,13 @@ def invert_global_scales(layer: nn.Module) -> None:
     """compressed-tensors stores the largest representable value over the largest value, that is 1 / global scale."""
     for name in ("13", "2"):
         layer.register_parameter(f"w{name}_weight", getattr(layer, f"w{name}_weight_packed"))
-        weight_scale = 1 / getattr(layer, f"w{name}_weight_global_scale").float()
-        act_scale = 1 / getattr(layer, f"w{name}_input_global_scale").min().float().reshape(1)
-        setattr(layer, f"w{name}_weight_scale_2", nn.Parameter(weight_scale, requires_grad=False))
-        setattr(layer, f"a{name}_global_scale", act_scale)
+        replace_parameter(layer, f"w{name}_weight_scale_2", 1 / getattr(layer, f"w{name}_weight_global_scale").float())
+        if (act_scale := getattr(layer, f"w{name}_input_global_scale", None)) is not None:
+            setattr(layer, f"a{name}_global_scale", 1 / act_scale.min().float().reshape(1))
+
+
+def replace_parameter(layer: nn.Module, name: str, value: torch.Tensor) -> None:
+    setattr(layer, name, nn.Parameter(value, requires_grad=False))
 
 
 def dtype_format(dtype: torch.dtype, what: str) -> str:
@@ -146,6 +166,7 @@ METHODS: dict[str, tuple[str, Callable[[object, nn.Module], Stored]]] = {
     "Fp8MoEMethod": ("fp8", fp8),
     "W8A8Int8MoEMethod": ("w8a8_int8", int8),
     "Mxfp4MoEMethod": ("mxfp4", mxfp4),
+    "ModelOptFp8MoEMethod": ("modelopt_quant", modelopt_fp8),
     "ModelOptNvFp4FusedMoEMethod": ("modelopt_quant", nvfp4),
     "CompressedTensorsFusedMoEMethod": ("compressed_tensors.compressed_tensors", compressed_tensors),
 }

@@ -1,9 +1,8 @@
-"""The SGLang adapter: its translation of SGLang's objects (without SGLang), and its place in an installed SGLang."""
+"""The SGLang adapter without SGLang: its translation of SGLang's objects, its layers, its hooks."""
 
 from __future__ import annotations
 
 import enum
-import importlib.util
 import re
 import subprocess
 import sys
@@ -14,85 +13,32 @@ from types import SimpleNamespace
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from sglang_stand_ins import (
+    FORMATS,
+    GPT_OSS,
+    NVFP4,
+    E,
+    H,
+    I,
+    K,
+    T,
+    fp8_method,
+    make_config,
+    make_dispatched,
+    make_layer,
+    make_method,
+    quantise,
+    run,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch_moe_ops as moe
 from torch_moe_ops import backends
-from torch_moe_ops.formats import quantize_weight
 from torch_moe_ops.integration.sglang import hooks, methods, support
 from torch_moe_ops.integration.sglang.layer import LayerRunner
 
 ROOT = Path(__file__).resolve().parents[2]
-T, E, K, H, I = 9, 6, 2, 256, 128  # noqa: E741
-
-needs_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
-
-
-# stand-ins for SGLang's objects ---------------------------------------------------------------------------------------
-
-
-def make_config(**changes: object) -> SimpleNamespace:
-    """MoeRunnerConfig with the defaults of SGLang."""
-    defaults = {
-        "top_k": K,
-        "activation": "silu",
-        "is_gated": True,
-        "apply_router_weight_on_input": False,
-        "no_combine": False,
-        "no_combine_keep_router_weight": False,
-        "routed_scaling_factor": None,
-        "gemm1_alpha": None,
-        "gemm1_beta": None,
-        "gemm1_clamp_limit": None,
-        "swiglu_limit": None,
-        "gate_up_interleaved": True,
-    }
-    assert changes.keys() <= defaults.keys()
-    return SimpleNamespace(**defaults | changes)
-
-
-def make_method(name: str = "UnquantizedFusedMoEMethod", **attributes: object) -> object:
-    method = type(name, (), {})()
-    vars(method).update(attributes)
-    return method
-
-
-def fp8_method(**changes: object) -> object:
-    attributes = {"use_mxfp8": False, "is_fp4_expert": False, "weight_block_size": [128, 128]}
-    return make_method("Fp8MoEMethod", **attributes | changes)
-
-
-def make_layer(dtype: torch.dtype = torch.bfloat16, *, parts: int = 2, bias: bool = False) -> nn.Module:
-    random = torch.Generator().manual_seed(0)
-    w13 = torch.randn(E, parts * I, H, generator=random) * 2 / H**0.5
-    w2 = torch.randn(E, H, I, generator=random) / I**0.5
-    layer = nn.Module()
-    layer.w13_weight, layer.w2_weight = w13.to(dtype), w2.to(dtype)
-    layer.moe_runner_config = SimpleNamespace(params_dtype=torch.bfloat16, gemm1_alpha=None, gate_up_interleaved=True)
-    layer.intermediate_size_per_partition = I
-    if bias:
-        layer.w13_weight_bias = torch.randn(E, parts * I, generator=random)
-        layer.w2_weight_bias = torch.randn(E, H, generator=random)
-    layer.should_fuse_routed_scaling_factor_in_topk = False
-    return layer
-
-
-def make_dispatched(dtype: torch.dtype = torch.bfloat16, top_k: int = K) -> SimpleNamespace:
-    random = torch.Generator().manual_seed(1)
-    topk_output = SimpleNamespace(
-        topk_weights=torch.rand(T, top_k, generator=random) + 0.1,
-        topk_ids=torch.rand(T, E, generator=random).argsort(1)[:, :top_k].int(),
-    )
-    hidden_states = torch.randn(T, H, generator=random).to(dtype)
-    return SimpleNamespace(hidden_states=hidden_states, topk_output=topk_output)
-
-
-def run(method: object, layer: SimpleNamespace, config: SimpleNamespace, dispatched: SimpleNamespace) -> Tensor:
-    """What FusedMoE does with a method that was taken over: load, then one forward."""
-    LayerRunner(method, layer, config, SimpleNamespace(value=support.NAME), SimpleNamespace).take_over(method)
-    method.process_weights_after_loading(layer)
-    return method.apply(layer=layer, dispatch_output=dispatched).hidden_states
 
 
 def expect_close(layer, dispatched, activation, actual, *, on_input: bool = False) -> None:
@@ -133,35 +79,6 @@ def test_formats_of_unquantised_experts() -> None:
     assert methods.stored(make_method(), make_layer(torch.float16)).format == "fp16"
 
 
-def quantise(layer: nn.Module, format: str, **names: str) -> dict[str, Tensor]:
-    """Quantises a layer's weights in place, under SGLang's `names` of weight, scale and global scale; -> ours."""
-    call = {}
-    for name, parts in (("w13", 2), ("w2", 1)):
-        values, scale, global_scale = quantize_weight(getattr(layer, f"{name}_weight"), format, parts=parts)
-        delattr(layer, f"{name}_weight")
-        call |= {name: values, f"{name}_scale": scale}
-        stored = {"weight": values, "scale": scale.view(torch.uint8) if scale.element_size() == 1 else scale}
-        if format == "nvfp4":
-            stored["scale"] = scale
-            global_scale = global_scale if parts == 2 else global_scale[:, 0]
-            call[f"{name}_global_scale"] = stored["global_scale"] = global_scale
-        names = {"weight": "weight", "scale": "weight_scale"} | names
-        for kind, tensor in stored.items():
-            setattr(layer, f"{name}_{names.get(kind)}", nn.Parameter(tensor, requires_grad=False))
-    return call
-
-
-MODELOPT = SimpleNamespace(get_name=lambda: "modelopt_fp4", is_checkpoint_nvfp4_serialized=True)
-NVFP4 = make_method("ModelOptNvFp4FusedMoEMethod", quant_config=MODELOPT)
-FORMATS = [
-    ("fp8_block", fp8_method(), {"scale": "weight_scale_inv"}, ""),
-    ("mxfp8", fp8_method(use_mxfp8=True, weight_block_size=[1, 32]), {"scale": "weight_scale_inv"}, ""),
-    ("int8", make_method("W8A8Int8MoEMethod"), {}, ""),
-    ("mxfp4", make_method("Mxfp4MoEMethod"), {}, "bf16"),
-    ("nvfp4", NVFP4, {"global_scale": "weight_scale_2"}, ""),
-]
-
-
 @pytest.mark.parametrize("format, method, names, act_format", FORMATS, ids=[case[0] for case in FORMATS])
 def test_quantised_weights_go_with_their_scales(format, method, names, act_format) -> None:
     layer, dispatched = make_layer(), make_dispatched()
@@ -173,9 +90,6 @@ def test_quantised_weights_go_with_their_scales(format, method, names, act_forma
     call |= {"topk_weights": topk_output.topk_weights, "topk_ids": topk_output.topk_ids}
     expected = moe.fused_moe(dispatched.hidden_states, **call, format=format, act_format=act_format)
     assert torch.equal(run(method, layer, make_config(), dispatched), expected)
-
-
-GPT_OSS = {"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0, "gate_up_interleaved": True}
 
 
 @pytest.mark.parametrize("format, config", [("mxfp4", {}), ("mxfp4", GPT_OSS), ("nvfp4", {})])
@@ -209,7 +123,8 @@ def explain_like_sm90(**facts: object) -> backends.Explanation:
     return backends.Explanation(problem, (backends.Verdict("reference", reason),))
 
 
-def test_fp8_with_a_scale_per_tensor_is_fp8_with_equal_blocks() -> None:
+@pytest.mark.parametrize("method", [fp8_method(weight_block_size=None), make_method("ModelOptFp8MoEMethod")])
+def test_fp8_with_a_scale_per_tensor_is_fp8_with_equal_blocks(method) -> None:
     layer, dispatched = make_layer(), make_dispatched()
     reference = make_layer()
     for name, parts in (("w13", 2), ("w2", 1)):
@@ -219,7 +134,7 @@ def test_fp8_with_a_scale_per_tensor_is_fp8_with_equal_blocks() -> None:
         setattr(layer, f"{name}_weight", values.flatten(1, 2))
         setattr(layer, f"{name}_weight_scale", scale if parts == 2 else scale[:, 0])
         setattr(reference, f"{name}_weight", (values.float() * scale[:, :, None, None]).flatten(1, 2))
-    output = run(fp8_method(weight_block_size=None), layer, make_config(), dispatched).float()
+    output = run(method, layer, make_config(), dispatched).float()
     expected = moe.fused_moe(
         dispatched.hidden_states,
         reference.w13_weight.bfloat16(),
@@ -251,6 +166,36 @@ def test_compressed_tensors_nvfp4_is_modelopts_with_inverse_global_scales() -> N
     assert not method.load_up_proj_weight_first  # gate over up, as everywhere
 
 
+def test_compressed_tensors_nvfp4_of_weights_alone_has_16_bit_activations() -> None:
+    """SGLang 0.5.23 loads W4A4 checkpoints so on a GPU without NVFP4, with or without the activations' scales."""
+    layer, dispatched = make_layer(), make_dispatched()
+    call = quantise(layer, "nvfp4", weight="weight_packed", global_scale="unused")
+    for name in ("w13", "w2"):
+        setattr(layer, f"{name}_weight_global_scale", 1 / call[f"{name}_global_scale"])
+    layer.scheme = make_method("CompressedTensorsW4A16Nvfp4MoE")
+    method = make_method("CompressedTensorsFusedMoEMethod")
+    call |= {name: 1 / (1 / call[name]) for name in ("w13_global_scale", "w2_global_scale")}
+    topk_output = dispatched.topk_output
+    call |= {"topk_weights": topk_output.topk_weights, "topk_ids": topk_output.topk_ids}
+    expected = moe.fused_moe(dispatched.hidden_states, **call, format="nvfp4", act_format="bf16")
+    assert torch.equal(run(method, layer, make_config(), dispatched), expected)
+
+
+def test_fp4_experts_of_an_fp8_checkpoint_are_mxfp4() -> None:
+    """DeepSeek-V4. SGLang loads the values as int8 and their scales, which the checkpoint has as e8m0, as float32."""
+    layer, dispatched = make_layer(), make_dispatched()
+    call = quantise(layer, "mxfp4", scale="weight_scale_inv")
+    for name in ("w13", "w2"):
+        setattr(layer, f"{name}_weight", nn.Parameter(call[name].view(torch.int8), requires_grad=False))
+        scale = call[f"{name}_scale"].view(torch.float8_e8m0fnu).float()
+        setattr(layer, f"{name}_weight_scale_inv", nn.Parameter(scale, requires_grad=False))
+    topk_output = dispatched.topk_output
+    call |= {"topk_weights": topk_output.topk_weights, "topk_ids": topk_output.topk_ids}
+    expected = moe.fused_moe(dispatched.hidden_states, **call, format="mxfp4", act_format="bf16", limit=0.5)
+    config = make_config(swiglu_limit=0.5)
+    assert torch.equal(run(fp8_method(is_fp4_expert=True), layer, config, dispatched), expected)
+
+
 def compressed_tensors(scheme: str, **attributes: object) -> tuple[object, nn.Module]:
     layer = make_layer()
     layer.scheme = make_method(scheme, **attributes)
@@ -278,7 +223,7 @@ ONLINE = SimpleNamespace(get_name=lambda: "nvfp4_online", is_checkpoint_nvfp4_se
     [
         (make_method("GPTQMoEMethod"), make_layer(), "experts under GPTQMoEMethod"),
         (make_method(), make_layer(torch.float32), "unquantised experts in torch.float32"),
-        (fp8_method(is_fp4_expert=True), make_layer(), "FP4 experts in an FP8 checkpoint"),
+        (make_method("ModelOptFp8MoEMethod"), make_layer(), "experts to be quantised to FP8 while they are loaded"),
         (fp8_method(weight_block_size=None), make_layer(), "FP8 experts in torch.bfloat16"),
         (fp8_method(weight_block_size=[64, 1]), make_layer(torch.float8_e4m3fn), "FP8 experts in blocks of [64, 1]"),
         (
@@ -394,6 +339,17 @@ def test_router_weight_on_the_input() -> None:
     layer, dispatched = make_layer(), make_dispatched(top_k=1)
     config = make_config(apply_router_weight_on_input=True, top_k=1)
     expect_close(layer, dispatched, silu_mul, run(make_method(), layer, config, dispatched), on_input=True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"no_combine": True}])
+def test_a_rank_without_tokens(changes) -> None:
+    """Data-parallel attention leaves a rank idle."""
+    layer, dispatched = make_layer(), make_dispatched()
+    topk = dispatched.topk_output
+    topk.topk_weights, topk.topk_ids = topk.topk_weights[:0], topk.topk_ids[:0]
+    dispatched.hidden_states = dispatched.hidden_states[:0]
+    output = run(make_method(), layer, make_config(**changes), dispatched)
+    assert output.shape == ((0, K, H) if changes else (0, H))
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -519,24 +475,3 @@ def test_the_entry_point_leads_to_the_plugin_and_imports_no_sglang() -> None:
     assert callable(getattr(import_module(module), function))
     code = f"import sys, {module}; assert 'sglang' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-REGISTERED = """
-from torch_moe_ops.integration.sglang import register
-register()
-from sglang.srt.plugins.hook_registry import HookRegistry
-HookRegistry.apply_hooks()
-from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from sglang.srt.layers.moe import utils
-from sglang.srt.layers.quantization import fp8, unquant
-for function in (FusedMoE.__init__, unquant.UnquantizedFusedMoEMethod.create_moe_runner,
-                 fp8.Fp8MoEMethod.create_moe_runner):
-    assert hasattr(function, "__wrapped__"), function
-resolve = getattr(utils, "resolve_moe_runner_backend", utils.MoeRunnerBackend)
-assert resolve("torch_moe").value == "torch_moe" and not resolve("torch_moe").is_auto()
-"""
-
-
-@needs_sglang
-def test_registration_in_the_installed_sglang() -> None:
-    subprocess.run([sys.executable, "-c", REGISTERED], check=True)

@@ -1,4 +1,4 @@
-"""Real SGLang servers over HTTP, on a CPU: --moe-runner-backend torch_moe against SGLang's own experts.
+"""An installed SGLang on a CPU: its real servers over HTTP, --moe-runner-backend torch_moe against its own experts.
 
 Several minutes, so only on demand: pytest -m sglang_server. SGLANG_PYTHON names the Python of an environment that has
 SGLang already; otherwise one is made, if pip can.
@@ -80,8 +80,8 @@ def expect_same(actual: list[Answer], expected: list[Answer], tolerance: Toleran
                 rerouted += [(ours, theirs)] * (margin >= tolerance.tie)
                 break
             agreed += 1
-    assert len(rerouted) <= len(PROMPTS) / 8, rerouted
-    assert agreed >= tolerance.agree * NEW_TOKENS * len(PROMPTS), (agreed, actual, expected)
+    assert len(rerouted) <= len(expected) / 8, rerouted
+    assert agreed >= tolerance.agree * NEW_TOKENS * len(expected), (agreed, actual, expected)
 
 
 @pytest.mark.parametrize("family", ["qwen3moe", "glm4"])
@@ -128,6 +128,22 @@ def test_ranks_share_the_experts(checkpoint, tolerance, ranks, model, answers) -
     expect_same(answers(model("glm4", checkpoint), *OURS, *ranks), one, tolerance)
 
 
+COMPILE = ("--enable-torch-compile", "--torch-compile-max-bs", "1", "--max-running-requests", "1")
+
+
+def test_compiled_models_hold_the_same_experts(python, model, answers, tmp_path) -> None:
+    """SGLang compiles the model for decoding. Its graphs break in the attention, not in our part; Inductor rounds what
+    it fuses around the experts less often."""
+    checkpoint, log = model("qwen3moe", "bf16"), tmp_path / "log"
+    env = environment(TORCH_LOGS="graph_breaks,graph_code")
+    with Server(python, checkpoint, log, [*FLAGS, *OURS, *COMPILE], env, start=480) as server:
+        compiled = server.complete(PROMPTS[::3], NEW_TOKENS)
+    said = log.read_text()
+    assert "torch.ops.moe.fused_moe.default(" in said, "the compiled model has no experts of ours"
+    assert not re.search("Graph break in user code at .*torch_moe_ops", said)
+    expect_same(compiled, answers(checkpoint, *OURS)[::3], BF16)
+
+
 def test_garbage_and_a_killed_scheduler_end_as_with_sglangs_own_experts(python, model, tmp_path) -> None:
     def outcome(*flags: str) -> tuple[object, ...]:
         log = tmp_path / f"{len(flags)}.log"
@@ -140,6 +156,67 @@ def test_garbage_and_a_killed_scheduler_end_as_with_sglangs_own_experts(python, 
     theirs, ours = outcome(), outcome(*OURS)
     assert ours == ("torch_moe", *theirs[1:])
     assert all(400 <= status < 500 for status in ours[1])
+
+
+# without a server ----------------------------------------------------------------------------------------------------
+
+
+REGISTERED = """
+from torch_moe_ops.integration.sglang import register
+register()
+from sglang.srt.plugins.hook_registry import HookRegistry
+HookRegistry.apply_hooks()
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe import utils
+from sglang.srt.layers.quantization import fp8, unquant
+for function in (FusedMoE.__init__, unquant.UnquantizedFusedMoEMethod.create_moe_runner,
+                 fp8.Fp8MoEMethod.create_moe_runner):
+    assert hasattr(function, "__wrapped__"), function
+resolve = getattr(utils, "resolve_moe_runner_backend", utils.MoeRunnerBackend)
+assert resolve("torch_moe").value == "torch_moe" and not resolve("torch_moe").is_auto()
+"""
+
+# On a GPU SGLang replaces its bf16 experts by plain torch where it compiles a model for one token.
+SWITCHED = """
+import torch
+from types import SimpleNamespace
+from sglang.srt.layers.moe.fused_moe_native import fused_moe_forward_native
+from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput, StandardDispatchOutput
+from sglang.srt.layers.moe.topk import StandardTopKOutput
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+from torch_moe_ops import fused_moe
+from torch_moe_ops.integration.sglang.layer import LayerRunner
+
+layer, method = torch.nn.Module(), UnquantizedFusedMoEMethod(use_triton_kernels=False)
+layer.w13_weight, layer.w2_weight = torch.randn(4, 128, 64).bfloat16(), torch.randn(4, 64, 64).bfloat16()
+layer.should_fuse_routed_scaling_factor_in_topk = False
+config = MoeRunnerConfig(num_experts=4, top_k=2, params_dtype=torch.bfloat16)
+LayerRunner(method, layer, config, SimpleNamespace(value="torch_moe"), StandardCombineInput).take_over(method)
+method.enter_torch_compile(num_tokens=1)
+assert method._forward_method is fused_moe_forward_native
+
+x, weights, ids = torch.randn(1, 64).bfloat16(), torch.rand(1, 2), torch.tensor([[3, 1]], dtype=torch.int32)
+nodes = []
+
+def forward(x, weights, ids):
+    routed = StandardDispatchOutput(x, None, StandardTopKOutput(weights, ids, torch.zeros(1, 4)))
+    return method.apply(layer=layer, dispatch_output=routed).hidden_states
+
+def backend(graph, inputs):
+    nodes.extend(node.target for node in graph.graph.nodes)
+    return graph
+
+with torch.no_grad():
+    output = torch.compile(forward, fullgraph=True, backend=backend)(x, weights, ids)
+assert torch.equal(output, fused_moe(x, layer.w13_weight, layer.w2_weight, weights, ids))
+assert torch.ops.moe.fused_moe.default in nodes, nodes
+"""
+
+
+@pytest.mark.parametrize("script", [REGISTERED, SWITCHED], ids=["registered", "switched by torch.compile"])
+def test_the_adapter_in_its_place(script, python) -> None:
+    subprocess.run([python, "-c", script], check=True, timeout=240, env=environment())
 
 
 # refusals -------------------------------------------------------------------------------------------------------------
