@@ -309,6 +309,18 @@ def test_grouped_gemm_with_any_offsets_and_scale_strides(
     assert torch.equal(got[:used], expected[:used])
 
 
+def packed_integers(g: torch.Generator, product: str, num_experts: int, n: int, k: int) -> Tensor:
+    """Packed weights whose values are multiples of 0.5 and whose scales are powers of two."""
+
+    def bytes_below(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=g, device=DEVICE, dtype=torch.uint8)
+
+    fmt = FORMATS[product]
+    exponents = bytes_below(4, num_experts, n, k // fmt.weight_block[1])
+    scale = (exponents * 8 + 56 if product == "nvfp4" else exponents + 127).view(fmt.scale_dtype)
+    return moe.pack_weight(bytes_below(256, num_experts, n, k // 2), scale, product)
+
+
 @pytest.mark.parametrize("rows", [[1, 0, 3, 130], [0, 8, 70, 17], [300, 300, 300, 300]])
 @pytest.mark.parametrize("product", PACKED)
 def test_grouped_gemm_of_packed_weights(product: str, rows: list[int]) -> None:
@@ -317,15 +329,8 @@ def test_grouped_gemm_of_packed_weights(product: str, rows: list[int]) -> None:
     if reason := next(v.reason for v in verdict.verdicts if v.backend == "cutlass_sm90"):
         pytest.skip(reason)
     g = torch.Generator(DEVICE).manual_seed(4)
-    fmt = FORMATS[product]
     for n, k in ((2 * 64, 64), (2 * 704, 2880), (2 * 1024, 512)):
-
-        def bytes_below(high: int, *shape: int) -> Tensor:
-            return torch.randint(0, high, shape, generator=g, device=DEVICE, dtype=torch.uint8)
-
-        exponents = bytes_below(4, 4, n, k // fmt.weight_block[1])
-        scale = (exponents * 8 + 56 if product == "nvfp4" else exponents + 127).view(fmt.scale_dtype)
-        b = moe.pack_weight(bytes_below(256, 4, n, k // 2), scale, product)
+        b = packed_integers(g, product, 4, n, k)
         offsets = torch.tensor([0, *rows], device=DEVICE).cumsum(0).int()
         a = torch.randint(-2, 3, (sum(rows) + 5, k), generator=g, device=DEVICE).bfloat16()
         a[sum(rows) :] = float("nan")
@@ -337,6 +342,52 @@ def test_grouped_gemm_of_packed_weights(product: str, rows: list[int]) -> None:
         poison_free_memory()
         got, expected = call(torch.ops.moe.grouped_gemm.cutlass_sm90), call(torch.ops.moe.grouped_gemm.reference)
         assert torch.equal(got[: sum(rows)], expected[: sum(rows)]), (n, k)
+
+
+# Experts and max_m for tiles of 64, 128 and 256 weight rows, the last of few and of many tokens.
+@pytest.mark.parametrize("num_experts, max_m", [(8, 8), (8, 300), (256, 40), (64, 300)])
+@pytest.mark.parametrize("product", ["bf16", "fp8_block", "nvfp4"])
+def test_s0_5_masked_grouped_gemm_follows_masked_m(product: str, num_experts: int, max_m: int) -> None:
+    """One graph, any masked_m; values outside [0, max_m] are clamped. Integers, so equality is asked for. Rows that are
+    not in use are NaN, as are their scales, and nothing is written in their place."""
+    if reason := why_not("cutlass_sm90"):
+        pytest.skip(f"cutlass_sm90: {reason}")
+    g, fmt = torch.Generator(DEVICE).manual_seed(5), FORMATS[product]
+    n, k, shape = 2 * 704, 448, (num_experts, max_m)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-2, 3, shape, generator=g, device=DEVICE).float()
+
+    def random_rows() -> Tensor:
+        return torch.randint(0, max_m + 1, (num_experts,), generator=g, device=DEVICE).int()
+
+    x, x_scale, masked_m = integers(*shape, k), integers(*shape, -(-k // 128)).exp2(), random_rows()
+    a, a_scale = x.flatten(0, 1).to(torch.bfloat16 if product in PACKED else fmt.dtype), x_scale.flatten(0, 1).clone()
+    options = {"expert_rows": masked_m, "format": product, "b_parts": 2, "out_dtype": torch.float32}
+    if product in PACKED:
+        b, options["act_format"] = packed_integers(g, product, num_experts, n, k), "bf16"
+    else:
+        b = integers(num_experts, n, k).to(fmt.dtype)
+    if product == "fp8_block":
+        b_scale = integers(num_experts, *fmt.weight_scale_shape(n, k, 2)).exp2()
+        options |= {"a_scale": a_scale, "b_scale": b_scale}
+    call = Call(a, b, max_m * torch.arange(num_experts + 1, device=DEVICE).int(), **options)
+    call(torch.ops.moe.grouped_gemm.cutlass_sm90)  # CUDA loads
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(torch.ops.moe.grouped_gemm.cutlass_sm90)
+    everything, hot, outside = torch.full_like(masked_m, max_m), torch.zeros_like(masked_m), random_rows()
+    hot[3], outside[:3] = max_m, torch.tensor([-5, max_m + 1, 2**31 - 1]).int()
+    for rows in (random_rows(), everything, hot, hot * 0, outside):
+        masked_m.copy_(rows)
+        used = torch.arange(max_m, device=DEVICE) < rows[:, None]
+        for buffer, values in ((a, x), (a_scale, x_scale)):
+            buffer.copy_(values.masked_fill(~used[:, :, None], float("nan")).flatten(0, 1))
+        out.fill_(-7777.0)
+        graph.replay()
+        expected, used = call(torch.ops.moe.grouped_gemm.reference), used.flatten()
+        assert torch.equal(out[used], expected[used]) and (out[~used] == -7777.0).all()
 
 
 # ---- bits ------------------------------------------------------------------------------------------------------------

@@ -114,6 +114,24 @@ def test_replayed_graph_sees_new_routing():
         assert_close(call)
 
 
+@pytest.mark.parametrize("max_m", [9, 40, 300])  # tiles of 16, 64 and 128 rows
+@pytest.mark.parametrize("format", PRODUCTS)
+def test_masked_form(format, max_m):
+    """Rows that are not in use, or their scales, are NaN; values outside [0, max_m] are clamped."""
+    experts, device = 40, "cuda"
+    full = make_call(format, [max_m] * experts, 264, 272, out_dtype=torch.float32)
+    a, b, offsets = full.args
+    everything = full(ops.grouped_gemm.cutlass_sm80)
+    masked_m = torch.randint(0, max_m + 1, (experts,), device=device).int()
+    masked_m[:4] = torch.tensor([-5, 0, max_m, 2**31 - 1])
+    used = torch.zeros(len(a), dtype=torch.bool, device=device)
+    used[: experts * max_m] = (torch.arange(max_m, device=device) < masked_m[:, None]).flatten()
+    poisoned = full.options.get("a_scale", a)
+    poisoned[~used] = float("nan")
+    got = full(ops.grouped_gemm.cutlass_sm80, expert_rows=masked_m)
+    assert torch.equal(got[used], everything[used]) and everything[used].isfinite().all()
+
+
 @pytest.mark.parametrize("format, n, k, reason", [
     ("bf16", 16, 20, "k must be a multiple of 16 bytes"),
     ("int8", 16, 24, "k must be a multiple of 16 bytes"),
