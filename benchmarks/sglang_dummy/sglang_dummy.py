@@ -11,7 +11,10 @@ import zlib
 
 import torch
 
-E4M3_SIZE = 64.0  # standard deviation of the stored e4m3 values: few reach 448
+# What a byte of quantised weights holds: the standard deviation of the values drawn for it, and how many they are. Few
+# values reach the largest of e4m3 or int8; of e2m1 every code is as likely.
+STORED = {torch.float8_e4m3fn: (64.0, 1), torch.int8: (40.0, 1), torch.uint8: (2.926, 2)}
+INPUT_SCALE = 64 / (6 * 448)  # NVFP4 activations up to 64 keep their size
 
 
 def register() -> None:
@@ -24,13 +27,20 @@ def register() -> None:
 def initialize(model: torch.nn.Module, *_: object, **__: object) -> None:
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        if not parameter.is_floating_point():
-            raise ValueError(f"{name} is {parameter.dtype}: only floating-point checkpoints can be made up")
         random = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
-        mean, size = distribution(name, parameters)
         for matrix in parameter.data if parameter.dim() == 3 else [parameter.data]:  # one expert at a time
-            values = torch.randn(matrix.shape, generator=random, device=parameter.device)
-            matrix.copy_(mean + size * values)
+            matrix.copy_(draw(name, parameters, matrix, random))
+
+
+def draw(name: str, parameters: dict[str, torch.Tensor], like: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """New values for one matrix of a parameter."""
+    if like.dtype == torch.uint8 and "_scale" not in name:
+        return torch.randint(256, like.shape, generator=random, device=like.device, dtype=like.dtype)
+    mean, size = distribution(name, parameters)
+    values = mean + size * torch.randn(like.shape, generator=random, device=like.device)
+    if like.dtype == torch.uint8:  # a power of two
+        return 127 + values.log2().round()
+    return values.round().clamp(-127, 127) if like.dtype == torch.int8 else values
 
 
 def distribution(name: str, parameters: dict[str, torch.Tensor]) -> tuple[float, float]:
@@ -40,9 +50,14 @@ def distribution(name: str, parameters: dict[str, torch.Tensor]) -> tuple[float,
         return 1.0, 0.1
     if name.endswith("bias"):
         return 0.0, 0.01
+    if "input_scale" in name:
+        return INPUT_SCALE, 0.0
+    if f"{name}_2" in parameters:  # NVFP4: the global scale has the size
+        return 1.0, 0.0
     if "_scale" in name:
-        columns = parameters[name.partition("_scale")[0]].shape[-1]
-        return 1 / (E4M3_SIZE * columns**0.5), 0.0
-    if parameter.element_size() == 1:
-        return 0.0, E4M3_SIZE
+        weight = parameters[name.partition("_scale")[0]]
+        size, values = STORED[weight.dtype]
+        return 1 / (size * (weight.shape[-1] * values) ** 0.5), 0.0
+    if parameter.dtype in STORED:
+        return 0.0, STORED[parameter.dtype][0]
     return 0.0, 1.0 if "embed" in name else parameter.shape[-1] ** -0.5

@@ -76,6 +76,9 @@ def read_format(config: dict, dtype: str = "auto") -> str:
 
 def _quantised_format(quantisation: dict) -> tuple[str | None, str]:
     """The format, or None; and what to call it in the refusal."""
+    routed = quantisation.get("routed_experts_quant_method") or quantisation.get("moe_quant_algo")
+    if routed in ("mxfp4", "NVFP4"):  # the rest is FP8
+        return routed.lower(), routed
     method = quantisation.get("quant_method") or "modelopt"  # hf_quant_config.json has no quant_method
     if method == "fp8":
         block = quantisation.get("weight_block_size")
@@ -86,7 +89,8 @@ def _quantised_format(quantisation: dict) -> tuple[str | None, str]:
         return _compressed_format(weights, activations), f"compressed-tensors with {weights} and {activations}"
     if method.startswith("modelopt"):
         algorithm = quantisation.get("quant_algo") or quantisation.get("quantization", {}).get("quant_algo")
-        return ("nvfp4" if "NVFP4" in str(algorithm) else None), f"ModelOpt's {algorithm}"
+        format = "fp8_block" if algorithm == "FP8" else "nvfp4" if "NVFP4" in str(algorithm) else None
+        return format, f"ModelOpt's {algorithm}"
     return {"mxfp8": "mxfp8", "mxfp4": "mxfp4", "w8a8_int8": "int8"}.get(method), f"quant_method {method}"
 
 
@@ -98,7 +102,7 @@ def _compressed_format(weights: dict, activations: dict) -> str | None:
             return "fp8_block"
         case 8, "int", "channel", 8:
             return "int8" if activations.get("dynamic") else None
-        case 4, "float", "tensor_group", 4:
+        case 4, "float", "tensor_group", 4 | None:
             return "nvfp4"
         case 4, "float", "group", _:
             return "mxfp4" if weights.get("group_size") == 32 else None

@@ -51,6 +51,8 @@ def weights_of(bits: int, type: str, strategy: str, **more: object) -> dict:
     "quantisation, format",
     [
         ({"quant_method": "fp8"}, "fp8_block"),
+        ({"quant_method": "fp8", "routed_experts_quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "fp8", "moe_quant_algo": "NVFP4"}, "nvfp4"),
         ({"quant_method": "mxfp8"}, "mxfp8"),
         ({"quant_method": "mxfp4"}, "mxfp4"),
         ({"quant_method": "w8a8_int8"}, "int8"),
@@ -63,7 +65,9 @@ def weights_of(bits: int, type: str, strategy: str, **more: object) -> dict:
         ((weights_of(4, "float", "group", group_size=32), None), "mxfp4"),
         ((weights_of(4, "int", "group", group_size=32), None), None),
         ((weights_of(8, "float", "channel"), weights_of(8, "float", "token", dynamic=True)), None),
-        ({"quant_method": "modelopt", "quant_algo": "FP8"}, None),
+        ((weights_of(4, "float", "tensor_group"), None), "nvfp4"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8_block"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, None),
         ({"quant_method": "fp8", "weight_block_size": [64, 128]}, None),
     ],
 )

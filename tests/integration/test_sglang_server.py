@@ -214,7 +214,22 @@ assert torch.ops.moe.fused_moe.default in nodes, nodes
 """
 
 
-@pytest.mark.parametrize("script", [REGISTERED, SWITCHED], ids=["registered", "switched by torch.compile"])
+# A draft model with --speculative-moe-runner-backend is built with that backend as the chosen one.
+DRAFTED = """
+from sglang.srt.layers.moe import utils
+from sglang.srt.runtime_context import get_flags
+from torch_moe_ops.integration.sglang import hooks, register
+register()
+moe, resolve = get_flags().moe, getattr(utils, "resolve_moe_runner_backend", utils.MoeRunnerBackend)
+for model, draft in (("torch_moe", "triton"), ("triton", "torch_moe")):
+    moe.runner_backend, moe.speculative_runner_backend = resolve(model), resolve(draft)
+    assert hooks.is_chosen() == (model == "torch_moe")
+    with utils.speculative_moe_backend_context():
+        assert hooks.is_chosen() == (draft == "torch_moe")
+"""
+
+
+@pytest.mark.parametrize("script", [REGISTERED, SWITCHED, DRAFTED], ids=["hooks", "torch.compile", "draft model"])
 def test_the_adapter_in_its_place(script, python) -> None:
     subprocess.run([python, "-c", script], check=True, timeout=240, env=environment())
 

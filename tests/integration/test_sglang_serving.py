@@ -67,34 +67,44 @@ def test_speeds_are_those_of_a_server_with_known_times(serving, monkeypatch) -> 
     assert point["spread"] == pytest.approx(0)
 
 
-def test_made_up_weights_keep_sizes_and_spread_tokens_over_the_experts() -> None:
+F8, U8 = torch.float8_e4m3fn, torch.uint8
+MADE_UP = {  # scale's name, dtype of the values, their number in a byte, dtype of the scale, its blocks
+    "fp8_block": ("weight_scale_inv", F8, 1, torch.float32, (128, 128)),
+    "int8": ("weight_scale", torch.int8, 1, torch.float32, (1, None)),
+    "mxfp4": ("weight_scale", U8, 2, U8, (1, 32)),
+    "nvfp4": ("weight_scale", U8, 2, F8, (1, 16)),
+}
+
+
+@pytest.mark.parametrize("format", MADE_UP)
+def test_made_up_weights_keep_sizes_and_spread_tokens_over_the_experts(format) -> None:
     initialize = runpy.run_path(str(BENCHMARKS / "sglang_dummy/sglang_dummy.py"))["initialize"]
     experts, hidden_size, width, tokens = 32, 256, 128, 512
+    scale_name, dtype, pack, scale_dtype, (rows, columns) = MADE_UP[format]
     model = torch.nn.Module()
-    shapes = {
-        "norm.weight": (hidden_size,),
-        "gate.weight": (experts, hidden_size),
-        "gate.e_score_correction_bias": (experts,),
-        "experts.w13_weight": (experts, 2 * width, hidden_size),
-        "experts.w13_weight_scale_inv": (experts, 2, 2),
-        "experts.w2_weight": (experts, hidden_size, width),
-        "experts.w2_weight_scale_inv": (experts, 2, 1),
-    }
-    for name, shape in shapes.items():
-        *parents, leaf = name.split(".")
-        module = model
-        for parent in parents:
-            if not hasattr(module, parent):
-                module.add_module(parent, torch.nn.Module())
-            module = getattr(module, parent)
-        dtype = torch.float8_e4m3fn if leaf in ("w13_weight", "w2_weight") else torch.float32
-        module.register_parameter(leaf, torch.nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False))
+    for name in ("gate", "experts"):
+        model.add_module(name, torch.nn.Module())
+
+    def make(module: torch.nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+        module.register_parameter(name, torch.nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False))
+
+    make(model.gate, "weight", (experts, hidden_size))
+    make(model.gate, "e_score_correction_bias", (experts,))
+    for name, n, k in (("w13", 2 * width, hidden_size), ("w2", hidden_size, width)):
+        make(model.experts, f"{name}_weight", (experts, n, k // pack), dtype)
+        make(model.experts, f"{name}_{scale_name}", (experts, n // rows, k // (columns or k)), scale_dtype)
+        if format == "nvfp4":
+            make(model.experts, f"{name}_weight_scale_2", (experts, 2) if name == "w13" else (experts,))
+            make(model.experts, f"{name}_input_scale", (experts,))
     initialize(model)
     x = torch.randn(tokens, hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
     logits = x.float() @ model.gate.weight.T
     weights, ids = moe.topk(logits, 4, scoring="sigmoid", correction_bias=model.gate.e_score_correction_bias.float())
     assert ids.flatten().bincount(minlength=experts).min() > tokens * 4 / experts / 4  # no expert idles
     w13, w2 = model.experts.w13_weight, model.experts.w2_weight
-    scales = {"w13_scale": model.experts.w13_weight_scale_inv, "w2_scale": model.experts.w2_weight_scale_inv}
-    output = moe.fused_moe(x, w13, w2, weights, ids, format="fp8_block", **scales)
+    options = {f"{name}_scale": getattr(model.experts, f"{name}_{scale_name}") for name in ("w13", "w2")}
+    if format == "nvfp4":
+        options |= {f"{name}_global_scale": getattr(model.experts, f"{name}_weight_scale_2") for name in ("w13", "w2")}
+        options |= {f"a{n}_global_scale": getattr(model.experts, f"w{n}_input_scale").max() for n in ("13", "2")}
+    output = moe.fused_moe(x, w13, w2, weights, ids, format=format, **options)
     assert 0.05 < output.float().std() < 2
