@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
 
 import torch_moe_ops as moe
 from torch_moe_ops import backends
-from torch_moe_ops.backends import CANDIDATES, GEMM_FORMATS, Gemm, Problem, explain_problem, select
+from torch_moe_ops.backends import CANDIDATES, GEMM_FORMATS, GEMM_OPS, Gemm, Problem, explain_problem, select
+from torch_moe_ops.formats import FORMATS
+from torch_moe_ops.meta_kernels.grouped_gemm import check_formats
 
 EVERYTHING = frozenset({"reference", "triton", "cuda", *GEMM_FORMATS})
 DEEPSEEK = (Gemm(4096, 7168, 2), Gemm(7168, 2048))
@@ -128,6 +132,9 @@ topk on cuda (sm90), bf16
         (90, "fp16", "cutlass_sm90"),
         (90, "fp8_block", "cutlass_sm90"),
         (90, "int8", "triton"),
+        (86, "nvfp4", "triton"),
+        (90, "mxfp8", "triton"),
+        (120, "fp8_block_e8m0", "triton"),
         (100, "fp8_block", "cutlass_sm100"),
         (100, "nvfp4", "cutlass_sm100"),
         (100, "mxfp4", "cutlass_sm100"),
@@ -219,17 +226,51 @@ def test_no_backend_is_one_line_with_every_reason() -> None:
     )
 
 
-def test_formats_without_gpu_kernels() -> None:
-    for op, format, act_format in (("fused_moe", "mxfp8", ""), ("grouped_gemm", "fp8_block", "mxfp8")):
-        backends.expect_gpu_format(op, "cpu", format, act_format)
-        with pytest.raises(RuntimeError, match=f"^{op}: .*format: expected .* on a GPU, got") as caught:
-            backends.expect_gpu_format(op, "cuda", format, act_format)
-        assert "\n" not in str(caught.value)
-    for format in ("bf16", "fp16", "fp8_block", "int8"):
-        backends.expect_gpu_format("fused_moe", "cuda", format)
-    for format in ("nvfp4", "mxfp4", "int8", "fp8_block"):
-        backends.expect_gpu_format("fused_moe", "cuda", format, "bf16")
-    backends.expect_gpu_format("quantize", "cuda", "nvfp4")  # quantisers exist for every format
+@pytest.mark.parametrize("sm", [80, 86, 89, 90, 100, 103, 120, 121])
+def test_gpus_multiply_what_the_ops_accept(sm: int) -> None:
+    for op, format, act_format in product(GEMM_OPS, FORMATS, FORMATS):
+        try:
+            check_formats(op, format, act_format)
+        except RuntimeError:
+            continue
+        assert select(problem(op, sm, format=format, act_format=act_format)) != "reference"
+
+
+@pytest.mark.parametrize(
+    ("op", "sm", "format", "act_formats", "choice"),
+    [
+        ("fused_moe", 80, "nvfp4", ("", "bf16"), ("triton", "", False)),
+        ("fused_moe", 80, "mxfp4", ("bf16", "mxfp8"), ("triton", "bf16", False)),
+        ("fused_moe", 90, "nvfp4", ("", "bf16"), ("cutlass_sm90", "bf16", True)),
+        ("fused_moe", 90, "nvfp4", ("bf16",), ("cutlass_sm90", "bf16", True)),
+        ("fused_moe", 90, "nvfp4", ("",), ("triton", "", False)),
+        ("fused_moe", 90, "mxfp4", ("bf16", "mxfp8"), ("cutlass_sm90", "bf16", True)),
+        ("fused_moe", 90, "mxfp8", ("", "bf16"), ("triton", "", False)),
+        ("fused_moe", 90, "fp8_block", ("",), ("cutlass_sm90", "", False)),
+        ("grouped_gemm", 100, "nvfp4", ("", "bf16"), ("cutlass_sm100", "", False)),
+        ("grouped_gemm", 100, "mxfp4", ("bf16", "mxfp8"), ("cutlass_sm100", "mxfp8", False)),
+        ("grouped_gemm", 120, "mxfp8", ("", "bf16"), ("cutlass_sm120", "", False)),
+        ("fused_moe", 0, "nvfp4", ("", "bf16"), ("reference", "", False)),
+        ("fused_moe", 70, "nvfp4", ("", "bf16"), (None, "bf16", True)),
+    ],
+)
+def test_kernels_for_the_gpu_are_chosen_before_portable_ones(
+    monkeypatch: pytest.MonkeyPatch, op: str, sm: int, format: str, act_formats: tuple[str, ...], choice: tuple
+) -> None:
+    monkeypatch.setattr(backends, "built_backends", lambda op, device_type: EVERYTHING)
+    device = "cuda" if sm else "cpu"
+    last = backends.explain_choices(format, act_formats, op=op, device=device, sm=sm)[-1]
+    assert (last.backend, last.problem.act_format, last.problem.packed) == choice
+
+
+def test_a_backend_of_a_gemm_called_by_name_refuses_formats() -> None:
+    backends.expect_formats("fused_moe", "triton", "nvfp4", "fp16", False)
+    with pytest.raises(RuntimeError) as caught:
+        backends.expect_formats("fused_moe", "triton", "mxfp8", "fp8_block", False)
+    assert_expected_inline(
+        str(caught.value),
+        """fused_moe: backend: expected one that can run this problem, got triton (multiplies mxfp8 weights by mxfp8 or bf16 or fp16 activations, got fp8_block)""",  # noqa: E501
+    )
 
 
 def test_explain() -> None:

@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch.library import Library, register_fake
 
-from .backends import CANDIDATES, OPS, Problem, built_backends, compute_capability, expect_gpu_format, select
+from .backends import CANDIDATES, OPS, Problem, built_backends, compute_capability, select
 from .meta_kernels._check import expect_no_grad, refuse, stand_in, static_facts
 
 LIBRARY = Library("moe", "DEF")
@@ -61,10 +61,7 @@ def _register_fakes(op: str) -> None:
     def default_fake(*args, **options):
         if torch.is_grad_enabled():
             expect_no_grad(op, names, args, options)
-        result = meta.fake(*args, **options)
-        given = {**dict(zip(names, args, strict=False)), **options}
-        expect_gpu_format(op, args[0].device.type, given.get("format", "bf16"), given.get("act_format", ""))
-        return result
+        return meta.fake(*args, **options)
 
     register_fake(f"moe::{op}", default_fake, lib=LIBRARY)
     for backend in CANDIDATES[op]:
@@ -93,7 +90,6 @@ def _register_default(op: str) -> None:
         problem = Problem(
             op, device.type, compute_capability(device), built_backends(op, device.type), **facts(*args, **options)
         )
-        expect_gpu_format(op, device.type, problem.format, problem.act_format)
         return overloads[select(problem)]
 
     def default(*args, **options):

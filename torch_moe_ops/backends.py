@@ -48,7 +48,8 @@ GEMM_FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     "cutlass_sm120": {format: (format,) for format in ("fp8_block", "mxfp8", "mxfp4", "nvfp4")}
     | {"mxfp4": ("mxfp4", "mxfp8")},
     "triton": {format: (format,) for format in ("bf16", "fp16")}
-    | {format: (format, "bf16", "fp16") for format in ("int8", "fp8_block")},
+    | {format: (format, "bf16", "fp16") for format in ("int8", "fp8_block", "fp8_block_e8m0", "mxfp8")}
+    | {"mxfp4": ("mxfp4", "mxfp8", "fp8_block", "bf16", "fp16"), "nvfp4": ("nvfp4", "fp8_block", "bf16", "fp16")},
 }
 # What K, and N within a part, of each of an op's GEMMs are called in its documentation.
 K_AND_N = {
@@ -208,17 +209,18 @@ def _at_most(what: str, value: int | None, limit: int) -> str | None:
 
 
 def _needs_format(p: Problem, backend: str) -> str | None:
-    if p.op not in GEMM_OPS:
-        return None
-    formats = GEMM_FORMATS[backend]
-    if p.format not in formats:
-        return f"multiplies {', '.join(formats)}, got {p.format}"
-    acts = formats[p.format]
-    if (p.act_format or p.format) not in acts:
-        return f"multiplies {p.format} weights by {' or '.join(acts)} activations, got {p.act_format or p.format}"
-    packed = backend == "cutlass_sm90" and p.format in PACKABLE
-    if p.packed != packed:
-        return "needs weights packed by pack_weight" if packed else "needs weights as they are stored, got packed ones"
+    return _refuses_formats(backend, p.format, p.act_format, p.packed) if p.op in GEMM_OPS else None
+
+
+def _refuses_formats(backend: str, format: str, act_format: str, packed: bool) -> str | None:
+    formats, act_format = GEMM_FORMATS[backend], act_format or format
+    if format not in formats:
+        return f"multiplies {', '.join(formats)}, got {format}"
+    if act_format not in formats[format]:
+        return f"multiplies {format} weights by {' or '.join(formats[format])} activations, got {act_format}"
+    needs_packed = backend == "cutlass_sm90" and format in PACKABLE
+    if packed != needs_packed:
+        return f"needs weights {'packed by pack_weight' if needs_packed else 'as they are stored, got packed ones'}"
     return None
 
 
@@ -275,18 +277,10 @@ def select(problem: Problem) -> str:
     return explanation.backend
 
 
-def expect_gpu_format(op: str, device_type: str, format: str, act_format: str = "") -> None:
-    """Refuses what no GPU backend multiplies yet, in the fake as well as in the op."""
-    if device_type != "cuda" or op not in GEMM_OPS:
-        return
-    taken = [GEMM_FORMATS[name] for name in CANDIDATES[op] if name in GEMM_FORMATS]
-    not_yet = "there are no GPU kernels for it yet; CPU tensors and the reference backend take every format"
-    formats = [name for name in FORMATS if any(name in table for table in taken)]
-    acts = list(dict.fromkeys(act for table in taken for act in table.get(format, ())))
-    for name, value, choices in (("format", format, formats), ("act_format", act_format or format, acts)):
-        if value not in choices:
-            expected = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
-            raise RuntimeError(f"{op}: {name}: expected {expected} on a GPU, got {value} ({not_yet})")
+def expect_formats(op: str, backend: str, format: str, act_format: str, packed: bool) -> None:
+    """Refuses what a backend of a GEMM does not multiply, where it is called by name."""
+    if reason := _refuses_formats(backend, format, act_format, packed):
+        raise RuntimeError(f"{op}: backend: expected one that can run this problem, got {backend} ({reason})")
 
 
 @cache
@@ -354,10 +348,15 @@ def explain(
 
 
 def explain_choices(format: str, act_formats: Sequence[str], **facts: object) -> list[Explanation]:
-    """What each kind of activations gives, for weights as they are stored and packed, up to the first that runs."""
-    explanations = []
-    for act_format, packed in product(act_formats, (False, True) if format in PACKABLE else (False,)):
-        explanations.append(explain(format=format, act_format=act_format, packed=packed, **facts))
-        if explanations[-1].backend:
-            break
-    return explanations
+    """What each kind of activations gives, for weights as they are stored and packed, up to the choice.
+
+    `act_formats`: the best first. The choice is the first that runs on kernels made for the device, the portable ones
+    come after: where a CUDA kernel takes other activations, Triton does not emulate the format.
+    """
+    packings = (False, True) if format in PACKABLE else (False,)
+    explanations = [
+        explain(format=format, act_format=act_format, packed=packed, **facts)
+        for act_format, packed in product(act_formats, packings)
+    ]
+    choice = min(explanations, key=lambda answer: (answer.backend is None, answer.backend == "triton"))
+    return explanations if choice.backend is None else explanations[: explanations.index(choice) + 1]

@@ -116,16 +116,6 @@ def test_all_e4m3_codes():
     assert torch.equal(out[0], codes.float())
 
 
-def test_refuses_formats_it_has_no_kernel_for():
-    a, b = torch.zeros(2, 16, dtype=torch.uint8), torch.zeros(1, 8, 16, dtype=torch.uint8)
-    a_scale, b_scale = torch.ones(2, 1).to(torch.float8_e8m0fnu), torch.ones(1, 8, 1).to(torch.float8_e8m0fnu)
-    message = "grouped_gemm: format: expected one of bf16, fp16, int8, fp8_block on the triton backend, got mxfp4"
-    with pytest.raises(RuntimeError, match=message):
-        ops.grouped_gemm.triton(
-            a, b, torch.tensor([0, 2], dtype=torch.int32), a_scale=a_scale, b_scale=b_scale, format="mxfp4"
-        )
-
-
 def moe_by_loop(hidden_states, w13, w2, topk_weights, topk_ids, expert_map, weight_on_input):
     out = torch.zeros_like(hidden_states, dtype=torch.float32)
     for token, k in (topk_ids >= 0).nonzero().tolist():

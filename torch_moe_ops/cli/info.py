@@ -1,8 +1,8 @@
 """Show what was built, what this machine has, and which backends take which format.
 
 `info` prints build_info() and the versions of this machine, `info --json` the same as JSON, and `info --table` the
-Markdown table in README.md: cell (format, GPU) = the backends of grouped_gemm that take the pair, best first; where
-none does, those that take it with bf16 activations.
+Markdown table in README.md: cell (format, GPU) = the backends of grouped_gemm that take the pair, best first; before
+them those that take packed weights, with bf16 activations only.
 """
 
 from __future__ import annotations
@@ -68,10 +68,8 @@ def backends_taking(format: str, sms: tuple[int, ...], **facts: object) -> list[
 
 
 def cell(format: str, sms: tuple[int, ...]) -> str:
-    if names := backends_taking(format, sms):
-        return ", ".join(names)
-    weight_only = backends_taking(format, sms, act_format="bf16", packed=format in PACKABLE)
-    return f"{', '.join(weight_only)} (bf16 activations)" if weight_only else "-"
+    packed = backends_taking(format, sms, act_format="bf16", packed=True) if format in PACKABLE else []
+    return ", ".join([f"{name} (bf16 activations)" for name in packed] + backends_taking(format, sms)) or "-"
 
 
 def table() -> str:

@@ -29,6 +29,12 @@ FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 AMAX_MIN = tl.constexpr(1e-10)
 # Adding then subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, ties to even.
 ROUND_MAGIC = tl.constexpr(12582912.0)
+# The bits that are left of a code at the top of an int32, shifted right until exponents meet: its sign at bit 31, and
+# its other bits from the exponent's lowest on. The shift's copies of the sign are cut off.
+E4M3_IN_FLOAT32 = tl.constexpr(0x87F00000 - 2**32)
+E2M1_IN_FLOAT32 = tl.constexpr(0x81C00000 - 2**32)
+TWO_POW_120 = tl.constexpr(2.0**120)
+TWO_POW_126 = tl.constexpr(2.0**126)
 # The ulp of 2^14 is 2^-9, the step of e4m3's denormals.
 E4M3_DENORMAL_MAGIC = tl.constexpr(16384.0)
 
@@ -109,11 +115,28 @@ def encode_e4m3(x):
 
 @triton.jit
 def decode_e4m3(code):
-    """e4m3 byte -> float16, exact: the bits sit in float16's exponent and mantissa with a bias 8 too small."""
-    wide = code.to(tl.uint16)
-    half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
-    bits = tl.where((wide & 0x7F) == 0x7F, 0x7E00, half.to(tl.uint16, bitcast=True))
-    return bits.to(tl.uint16).to(tl.float16, bitcast=True)
+    """e4m3 byte -> float32, exact: the bits sit in float32's exponent and mantissa with a bias 120 too small."""
+    bits = ((code.to(tl.int32) << 24) >> 4) & E4M3_IN_FLOAT32
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), bits.to(tl.float32, bitcast=True) * TWO_POW_120)
+
+
+@triton.jit
+def decode_e2m1(byte, HIGH: tl.constexpr):
+    """The e2m1 code in the low or high half of a byte -> float32, exact: likewise, with a bias 126 too small."""
+    bits = ((byte.to(tl.int32) << (24 if HIGH else 28)) >> 6) & E2M1_IN_FLOAT32
+    return bits.to(tl.float32, bitcast=True) * TWO_POW_126
+
+
+@triton.jit
+def decode_scale(scale, FORMAT: tl.constexpr):
+    """A block's scale as stored -> float32, exact. e8m0: 2^(byte - 127), byte 255 is NaN."""
+    if FORMAT == "nvfp4":
+        return decode_e4m3(scale)
+    elif FORMAT == "fp8_block_e8m0" or FORMAT == "mxfp8" or FORMAT == "mxfp4":
+        bits = tl.where(scale == 0, 0x00400000, scale.to(tl.int32) << 23)  # 2^-127 is a float32 denormal
+        return tl.where(scale == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+    else:
+        return scale
 
 
 @triton.jit
@@ -149,7 +172,7 @@ def block_scale(amax, global_scale, FORMAT: tl.constexpr):
     elif FORMAT == "nvfp4":
         limit = tl.full(amax.shape, 6.0, tl.float32) * global_scale
         scale = encode_e4m3(tl.math.div_rn(amax, limit))
-        multiplier = decode_e4m3(scale).to(tl.float32) * global_scale
+        multiplier = decode_e4m3(scale) * global_scale
         inverse = tl.math.div_rn(tl.full(amax.shape, 1.0, tl.float32), multiplier)
         return scale, tl.where(scale == 0, 0.0, inverse)
     else:

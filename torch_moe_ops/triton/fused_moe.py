@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from torch_moe_ops.activations import get_activation
+from torch_moe_ops.backends import expect_formats
+from torch_moe_ops.packed_weights import is_packed
 from torch_moe_ops.triton.act_mul import act_mul
 from torch_moe_ops.triton.finalize import finalize
-from torch_moe_ops.triton.grouped_gemm import expect_taken, grouped_gemm
+from torch_moe_ops.triton.grouped_gemm import grouped_gemm
 from torch_moe_ops.triton.permute import permute
 from torch_moe_ops.triton.sort_slots import sort_slots
 
@@ -44,26 +46,30 @@ def fused_moe(
     apply_router_weight_on_input: bool = False,
     w13_layout: str = "gate_up",
 ) -> Tensor:
-    expect_taken("fused_moe", format)  # none of the formats taken has global scales
     act_format = act_format or format
+    expect_formats("fused_moe", "triton", format, act_format, is_packed(w13))
     input_weights, output_weights = (topk_weights, None) if apply_router_weight_on_input else (None, topk_weights)
     gemm = {"format": format, "act_format": act_format}
     parts = 2 if get_activation("fused_moe", activation).gated else 1
 
     expert_offsets, slot_to_row, row_to_slot = sort_slots(topk_ids, w13.shape[0], expert_map=expert_map)
     a, a_scale = permute(
-        hidden_states, slot_to_row, row_to_slot.shape[0], format=act_format, topk_weights=input_weights
-    )
+        hidden_states, slot_to_row, row_to_slot.shape[0],
+        format=act_format, global_scale=a13_global_scale, expert_offsets=expert_offsets, topk_weights=input_weights,
+    )  # fmt: skip
     gate_up = grouped_gemm(
         a, w13, expert_offsets,
-        a_scale=a_scale, b_scale=w13_scale, bias=w13_bias, b_parts=parts, out_dtype=torch.float32, **gemm,
+        a_scale=a_scale, b_scale=w13_scale, a_global_scale=a13_global_scale, b_global_scale=w13_global_scale,
+        bias=w13_bias, b_parts=parts, out_dtype=torch.float32, **gemm,
     )  # fmt: skip
     act, act_scale = act_mul(
         gate_up, expert_offsets,
         activation=activation, alpha=alpha, beta=beta, limit=limit, layout=w13_layout, format=act_format,
+        global_scale=a2_global_scale,
     )  # fmt: skip
     expert_out = grouped_gemm(
         act, w2, expert_offsets,
-        a_scale=act_scale, b_scale=w2_scale, bias=w2_bias, out_dtype=hidden_states.dtype, **gemm,
+        a_scale=act_scale, b_scale=w2_scale, a_global_scale=a2_global_scale, b_global_scale=w2_global_scale,
+        bias=w2_bias, out_dtype=hidden_states.dtype, **gemm,
     )  # fmt: skip
     return finalize(expert_out, slot_to_row, topk_weights=output_weights, routed_scaling_factor=routed_scaling_factor)

@@ -1,14 +1,17 @@
 """out[r, n] = sum over k of a[r, k] * b[e, n, k] (+ bias[e, n]) for r in [expert_offsets[e], expert_offsets[e + 1]).
 
-a [P, K] and b [E, N, K] row-major, out [P, N] in bfloat16, float16 or float32; b may be b_parts equally tall matrices
-on top of each other.
-    bf16, fp16   float32 accumulation over all of K
-    fp8_block    a_scale [P, ceil(K/128)], b_scale [E, b_parts * ceil(N/b_parts/128), ceil(K/128)], any strides:
-                 total = total + (sum over a 128-block of K) * (a_scale * b_scale), in K order
-    int8         int32 accumulation, then * a_scale [P, 1] * b_scale [E, N, 1]
-fp8_block and int8 weights also take bf16 and fp16 activations, which have no scale.
+a [P, K / pack] and b [E, N, K / pack] row-major, out [P, N] in bfloat16, float16 or float32; b may be b_parts equally
+tall matrices on top of each other. With expert_rows [E] the rows of expert e end at expert_offsets[e] + expert_rows[e].
 
-With expert_rows [E], the rows of expert e end at expert_offsets[e] + expert_rows[e] instead.
+What a scale multiplies is decided by its format, for a and b each on its own:
+    bf16, fp16                  no scale; float32 accumulation over all of K
+    int8                        the result: int32 accumulation, then * a_scale [P, 1] * b_scale [E, N, 1]
+    fp8_block, fp8_block_e8m0   the sum of a block, in K order:
+                                total = total + (sum over a 128-block of K) * (a_scale * b_scale)
+    mxfp8, mxfp4, nvfp4         the values, before the product. Value * scale has at most 6 significant bits, so it is
+                                exact in bfloat16: tiles are widened in registers, on GPUs without such tensor cores
+Scales [rows, ceil(K / block)] may have any strides; b's of the last three formats may be in the layout "atom" instead.
+The global scales of nvfp4 multiply the float32 result, before the bias.
 
 The grid covers the most tiles that P rows can make; which expert a tile belongs to is found on the device. K is never
 split and always walked in the same steps by the same kind of instruction, so a row's result does not depend on the
@@ -17,14 +20,27 @@ other rows.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from torch_moe_ops.backends import expect_formats
+from torch_moe_ops.formats import FORMATS
 from torch_moe_ops.meta_kernels._sizes import max_rows
 from torch_moe_ops.meta_kernels.grouped_gemm import output_dtype
-from torch_moe_ops.triton._common import as_stored, decode_e4m3, on_device, round_to, to_float32
+from torch_moe_ops.packed_weights import has_scale_atoms, is_packed
+from torch_moe_ops.triton._common import (
+    as_stored,
+    decode_e2m1,
+    decode_e4m3,
+    decode_scale,
+    on_device,
+    round_to,
+    to_float32,
+)
 
 # Tiles of rows that walk the columns together, so that they share b's tiles in L2.
 TILES_PER_GROUP = 8
@@ -34,8 +50,9 @@ TILES = tuple(
     {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
     for block_m, block_n, num_warps, num_stages in ((128, 256, 8, 3), (64, 128, 4, 4), (64, 128, 4, 3), (64, 128, 4, 2))
 )
-FORMATS_TAKEN = ("bf16", "fp16", "int8", "fp8_block")
-TRITON_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# What a format's scale multiplies.
+SCALED = {"int8": "result", "fp8_block": "sum", "fp8_block_e8m0": "sum"}
+SCALED |= {format: "value" for format in ("mxfp8", "mxfp4", "nvfp4")}
 
 
 @triton.jit
@@ -58,56 +75,108 @@ def _find_rows(
 
 
 @triton.jit
-def _operand(x, DOT: tl.constexpr):
-    """What is loaded -> what the dot takes; bytes hold e4m3."""
-    if x.dtype != tl.uint8:
+def _value_scales(
+    scale_ptr, rows, stride_row, stride_k, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr, ATOM: tl.constexpr
+):  # fmt: skip
+    """Pointers [rows, blocks of the first BLOCK_K] to scales of values, and how far the next BLOCK_K's are."""
+    BLOCKS: tl.constexpr = BLOCK_K // (16 if FORMAT == "nvfp4" else 32)
+    blocks = tl.arange(0, BLOCKS)
+    if ATOM:  # [rows / 128, blocks / 4, 32, 4, 4]; the strides are those of the first two dimensions
+        rows = rows // 128 * stride_row + rows % 32 * 16 + rows // 32 % 4 * 4
+        return scale_ptr + rows[:, None] + (blocks // 4 * stride_k + blocks % 4)[None, :], BLOCKS // 4 * stride_k
+    else:
+        return scale_ptr + rows[:, None] * stride_row + blocks[None, :] * stride_k, BLOCKS * stride_k
+
+
+@triton.jit
+def _widen(code, FP8: tl.constexpr):
+    """e4m3 bytes -> float32, exact, by the GPU's own instruction where it has FP8."""
+    return code.to(tl.float8e4nv, bitcast=True).to(tl.float32) if FP8 else decode_e4m3(code)
+
+
+@triton.jit
+def _operand(
+    ptrs, scale_ptrs, left, FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
+    FP8: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """A tile [ROWS, BLOCK_K] of a or b as the dot takes it; of K `left` is left, BLOCK_K or more if it is WHOLE."""
+    PACK: tl.constexpr = 2 if FORMAT == "mxfp4" or FORMAT == "nvfp4" else 1
+    if WHOLE:
+        x = tl.load(ptrs)
+    else:
+        x = tl.load(ptrs, mask=(tl.arange(0, BLOCK_K // PACK) * PACK < left)[None, :], other=0)
+    if PACK == 2 or FORMAT == "mxfp8":
+        BLOCK: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
+        BLOCKS: tl.constexpr = BLOCK_K // BLOCK
+        if WHOLE:
+            scale = tl.load(scale_ptrs)
+        else:
+            scale = tl.load(scale_ptrs, mask=(tl.arange(0, BLOCKS) * BLOCK < left)[None, :], other=0)
+        value = tl.join(decode_e2m1(x, False), decode_e2m1(x, True)) if PACK == 2 else _widen(x, FP8)
+        value = tl.reshape(value, [ROWS, BLOCKS, BLOCK]) * decode_scale(scale, FORMAT)[:, :, None]
+        return tl.reshape(value, [ROWS, BLOCK_K]).to(DOT)
+    elif x.dtype != tl.uint8:
         return x.to(DOT)
     elif DOT == tl.float8e4nv:
         return x.to(DOT, bitcast=True)
     else:
-        return decode_e4m3(x).to(DOT)
+        return _widen(x, FP8).to(DOT)
+
+
+@triton.jit
+def _sum_scale(
+    a_scale_ptrs, b_scale_ptrs, A_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr, A_SCALED: tl.constexpr,
+    B_SCALED: tl.constexpr, UNIFORM: tl.constexpr,
+):  # fmt: skip
+    """What a block's sum is multiplied with: one b_scale for all columns of the tile keeps it a vector of BLOCK_M."""
+    if A_SCALED != "sum":
+        b_scale = decode_scale(tl.load(b_scale_ptrs), B_FORMAT)
+        return b_scale if UNIFORM else b_scale[None, :]
+    elif B_SCALED != "sum":
+        return decode_scale(tl.load(a_scale_ptrs), A_FORMAT)[:, None]
+    else:
+        b_scale = decode_scale(tl.load(b_scale_ptrs), B_FORMAT)
+        return decode_scale(tl.load(a_scale_ptrs), A_FORMAT)[:, None] * (b_scale if UNIFORM else b_scale[None, :])
 
 
 @triton.jit
 def _accumulate(
-    a_ptrs, b_ptrs, a_scale_ptrs, b_scale_ptrs, stride_a_scale_k, stride_b_scale_k,
+    a_ptrs, b_ptrs, a_scale_ptrs, b_scale_ptrs, a_scale_step, b_scale_step,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SCALING: tl.constexpr, UNIFORM: tl.constexpr, DOT: tl.constexpr,
+    A_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr, A_SCALED: tl.constexpr, B_SCALED: tl.constexpr,
+    UNIFORM: tl.constexpr, FP8: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Sum over k [BLOCK_M, BLOCK_N], with block scales applied; int32 when both sides are int8."""
+    """Sum over k [BLOCK_M, BLOCK_N], with the scales of values and of sums applied; int32 when both sides are int8."""
     ACC: tl.constexpr = tl.int32 if DOT == tl.int8 else tl.float32
+    WHOLE: tl.constexpr = K % BLOCK_K == 0
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    offsets = tl.arange(0, BLOCK_K)
     for first_k in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            a, b = tl.load(a_ptrs), tl.load(b_ptrs)
-        else:
-            inside = offsets < K - first_k
-            a, b = tl.load(a_ptrs, mask=inside[None, :], other=0), tl.load(b_ptrs, mask=inside[:, None], other=0)
-        a, b = _operand(a, DOT), _operand(b, DOT)
-        if SCALING == "block":
-            # One b_scale for all columns of the tile keeps the product a vector of BLOCK_M.
-            scale = tl.load(b_scale_ptrs) if UNIFORM else tl.load(b_scale_ptrs)[None, :]
-            if a_scale_ptrs is not None:
-                scale = tl.load(a_scale_ptrs)[:, None] * scale
-                a_scale_ptrs += stride_a_scale_k
+        a = _operand(a_ptrs, a_scale_ptrs, K - first_k, A_FORMAT, BLOCK_M, BLOCK_K, WHOLE, FP8, DOT)
+        b = tl.trans(_operand(b_ptrs, b_scale_ptrs, K - first_k, B_FORMAT, BLOCK_N, BLOCK_K, WHOLE, FP8, DOT))
+        if A_SCALED == "sum" or B_SCALED == "sum":
+            scale = _sum_scale(a_scale_ptrs, b_scale_ptrs, A_FORMAT, B_FORMAT, A_SCALED, B_SCALED, UNIFORM)
             total += tl.dot(a, b) * scale
-            b_scale_ptrs += stride_b_scale_k
         else:
             total = tl.dot(a, b, total, out_dtype=ACC)
-        a_ptrs += BLOCK_K
-        b_ptrs += BLOCK_K
+        a_ptrs += BLOCK_K // 2 if A_FORMAT == "mxfp4" or A_FORMAT == "nvfp4" else BLOCK_K
+        b_ptrs += BLOCK_K // 2 if B_FORMAT == "mxfp4" or B_FORMAT == "nvfp4" else BLOCK_K
+        if A_SCALED == "sum" or A_SCALED == "value":
+            a_scale_ptrs += a_scale_step
+        if B_SCALED == "sum" or B_SCALED == "value":
+            b_scale_ptrs += b_scale_step
     return total
 
 
 # Not specialised on what changes from batch to batch: the number of tiles, and the stride of an MN-major a_scale.
 @triton.jit(do_not_specialize=["tiles_m", "stride_a_scale_k"])
 def _grouped_gemm_kernel(
-    a_ptr, b_ptr, out_ptr, expert_offsets_ptr, expert_rows_ptr, a_scale_ptr, b_scale_ptr, bias_ptr,
-    n, part_n, num_experts, tiles_m,
+    a_ptr, b_ptr, out_ptr, expert_offsets_ptr, expert_rows_ptr, a_scale_ptr, b_scale_ptr,
+    a_global_scale_ptr, b_global_scale_ptr, bias_ptr, n, part_n, num_experts, tiles_m,
     stride_a_scale_row, stride_a_scale_k, stride_b_scale_expert, stride_b_scale_row, stride_b_scale_k,
+    stride_a_global, stride_b_global, stride_b_global_part,
     K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILES_PER_GROUP: tl.constexpr, SCALING: tl.constexpr, UNIFORM: tl.constexpr, DOT: tl.constexpr,
+    TILES_PER_GROUP: tl.constexpr, A_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr, A_SCALED: tl.constexpr,
+    B_SCALED: tl.constexpr, ATOM: tl.constexpr, UNIFORM: tl.constexpr, FP8: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(n, BLOCK_N)
     group = tl.program_id(0) // (TILES_PER_GROUP * tiles_n)
@@ -121,76 +190,111 @@ def _grouped_gemm_kernel(
     rows, cols = first_row + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Lanes past the end repeat the last row and column, which always exist; only their stores are masked.
     safe_rows, safe_cols = tl.minimum(rows, end_row - 1).to(tl.int64), tl.minimum(cols, n - 1)
-    ks = tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + safe_rows[:, None] * K + ks[None, :]
-    b_ptrs = b_ptr + (expert * n + safe_cols)[None, :] * K + ks[:, None]
-    a_scale_ptrs = None
-    if a_scale_ptr is not None:
+    A_PACK: tl.constexpr = 2 if A_FORMAT == "mxfp4" or A_FORMAT == "nvfp4" else 1
+    B_PACK: tl.constexpr = 2 if B_FORMAT == "mxfp4" or B_FORMAT == "nvfp4" else 1
+    a_ptrs = a_ptr + safe_rows[:, None] * (K // A_PACK) + tl.arange(0, BLOCK_K // A_PACK)[None, :]
+    b_ptrs = b_ptr + (expert * n + safe_cols)[:, None] * (K // B_PACK) + tl.arange(0, BLOCK_K // B_PACK)[None, :]
+    a_scale_ptrs, a_scale_step = a_scale_ptr, stride_a_scale_k
+    if A_SCALED == "value":
+        a_scale_ptrs, a_scale_step = _value_scales(
+            a_scale_ptr, safe_rows, stride_a_scale_row, stride_a_scale_k, A_FORMAT, BLOCK_K, False
+        )
+    elif A_SCALED != "none":
         a_scale_ptrs = a_scale_ptr + safe_rows * stride_a_scale_row
-    b_scale_ptrs = None
-    if SCALING != "none":
+    b_scale_ptrs, b_scale_step = b_scale_ptr, stride_b_scale_k
+    if B_SCALED == "value":
+        b_scale_ptrs, b_scale_step = _value_scales(
+            b_scale_ptr + expert * stride_b_scale_expert, safe_cols.to(tl.int64), stride_b_scale_row, stride_b_scale_k,
+            B_FORMAT, BLOCK_K, ATOM,
+        )  # fmt: skip
+    elif B_SCALED != "none":
         scale_rows = safe_cols
-        if SCALING == "block":
+        if B_SCALED == "sum":
             scale_cols = tile_n * BLOCK_N if UNIFORM else safe_cols
             scale_rows = scale_cols // part_n * tl.cdiv(part_n, SCALE_BLOCK) + scale_cols % part_n // SCALE_BLOCK
         b_scale_ptrs = b_scale_ptr + expert * stride_b_scale_expert + scale_rows.to(tl.int64) * stride_b_scale_row
     out = _accumulate(
-        a_ptrs, b_ptrs, a_scale_ptrs, b_scale_ptrs, stride_a_scale_k, stride_b_scale_k,
-        K, BLOCK_M, BLOCK_N, BLOCK_K, SCALING, UNIFORM, DOT,
+        a_ptrs, b_ptrs, a_scale_ptrs, b_scale_ptrs, a_scale_step, b_scale_step,
+        K, BLOCK_M, BLOCK_N, BLOCK_K, A_FORMAT, B_FORMAT, A_SCALED, B_SCALED, UNIFORM, FP8, DOT,
     ).to(tl.float32)  # fmt: skip
-    if SCALING == "row":
+    if B_SCALED == "result":
         scale = tl.load(b_scale_ptrs)[None, :]
-        if a_scale_ptrs is not None:
-            scale = tl.load(a_scale_ptrs)[:, None] * scale
-        out *= scale
+        out *= tl.load(a_scale_ptrs)[:, None] * scale if A_SCALED == "result" else scale
+    if a_global_scale_ptr is not None:
+        out *= tl.load(a_global_scale_ptr + expert * stride_a_global)
+    if b_global_scale_ptr is not None:
+        parts = b_global_scale_ptr + expert * stride_b_global + safe_cols // part_n * stride_b_global_part
+        out *= tl.load(parts)[None, :]
     if bias_ptr is not None:
         out += to_float32(tl.load(bias_ptr + expert * n + safe_cols))[None, :]
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * n + cols[None, :]
     tl.store(out_ptrs, round_to(out, out_ptr.dtype.element_ty), mask=(rows < end_row)[:, None] & (cols < n)[None, :])
 
 
-def _dot_dtype(a: Tensor) -> tl.dtype:
-    """What both operands become in front of tl.dot.
+class Gpu(NamedTuple):
+    """What a launch is made for; the interpreter on a CPU is no GPU."""
 
-    Without fp8 tensor cores (below sm_89) e4m3 is widened to float16, which is exact.
+    sm: int  # compute capability, 90 for 9.0
+    shared_memory: int  # bytes that a program can have
+
+
+def _gpu(device: torch.device) -> Gpu | None:
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)
+
+
+def _dot_dtype(gpu: Gpu | None, format: str, act_format: str) -> tl.dtype:
+    """What both operands become in front of tl.dot, exactly.
+
+    bfloat16 holds e4m3, and e2m1 or e4m3 times the scale of its block. float16 holds e4m3, and of the scaled values
+    nvfp4's only: next to float16 activations those of mxfp8 and mxfp4 stay float32, and tensor cores read both operands
+    as tf32, which has float16's mantissa and bfloat16's exponent.
     """
-    if a.dtype == torch.int8:
+    if act_format == "int8":
         return tl.int8
-    if not a.is_cuda:
+    if gpu is None:
         return tl.float32  # the interpreter would multiply bfloat16 bit patterns as integers
-    if a.dtype == torch.float8_e4m3fn:
-        return tl.float8e4nv if torch.cuda.get_device_capability(a.device) >= (8, 9) else tl.float16
-    return TRITON_DTYPE[a.dtype]
+    if SCALED.get(act_format) == SCALED.get(format) == "sum":
+        return tl.float8e4nv if gpu.sm >= 89 else tl.float16
+    if act_format == "fp16":
+        return tl.float32 if format in ("mxfp8", "mxfp4") else tl.float16
+    return tl.bfloat16
 
 
-def _tile(a: Tensor, b: Tensor, num_experts: int, dot: tl.dtype, scaling: str) -> dict[str, int]:
-    """The first of TILES that suits and fits: a pure function of shapes, dtypes and the GPU's shared memory.
+def _tile(gpu: Gpu | None, rows: int, num_experts: int, format: str, act_format: str, dot: tl.dtype) -> dict[str, int]:
+    """The first of TILES that suits and fits: a pure function of shapes, formats and the GPU's shared memory.
 
     64 rows are the fewest: few rows are bound by reading b, whatever their tile, and a Hopper tensor-core instruction
-    takes 64, so that all batches use the same one. Block scales keep a second accumulator, for which the large tile has
-    no registers. BLOCK_K never depends on the batch: it is one fp8_block scale, or 128 bytes of a.
+    takes 64, so that all batches use the same one. Block scales keep a second accumulator or widen values in registers,
+    for which the large tile has no registers. BLOCK_K never depends on the batch: it is one fp8_block scale, or 128
+    bytes of a.
     """
-    a_bytes, b_bytes, dot_bytes = a.element_size(), b.element_size(), dot.primitive_bitwidth // 8
-    block_k = 64 if (a_bytes, b_bytes) == (2, 2) else 128
-    shared = torch.cuda.get_device_properties(a.device).shared_memory_per_block_optin if a.is_cuda else 0
+    a_bits, b_bits = (8 * FORMATS[name].dtype.itemsize // FORMATS[name].pack for name in (act_format, format))
+    dot_bits = dot.primitive_bitwidth
+    block_k = 64 if (a_bits, b_bits) == (16, 16) else 128
 
     def fits(tile: dict[str, int]) -> bool:
         block_m, block_n = tile["BLOCK_M"], tile["BLOCK_N"]
-        needed = tile["num_stages"] * block_k * (block_m * a_bytes + block_n * b_bytes)
-        if b_bytes != dot_bytes:  # widened operands may pass through shared memory once more
-            needed += block_k * (block_m + block_n) * dot_bytes
-        return needed <= shared
+        needed = tile["num_stages"] * block_k * (block_m * a_bits + block_n * b_bits) // 8
+        if b_bits != dot_bits:  # widened operands may pass through shared memory once more
+            needed += block_k * (block_m + block_n) * dot_bits // 8
+        return gpu is not None and needed <= gpu.shared_memory
 
-    is_small = scaling == "block" or a.shape[0] <= 64 * num_experts
+    has_blocks = {SCALED.get(format), SCALED.get(act_format)} & {"sum", "value"}
+    is_small = has_blocks or rows <= 64 * num_experts
     tile = next(filter(fits, TILES[1 if is_small else 0 :]), TILES[-1])
     return {"BLOCK_K": block_k, **tile}
 
 
-def expect_taken(op: str, format: str) -> None:
-    """The block-scaled formats with e8m0 or two-level scales have no portable GEMM."""
-    if format not in FORMATS_TAKEN:
-        expected = f"one of {', '.join(FORMATS_TAKEN)} on the triton backend"
-        raise RuntimeError(f"{op}: format: expected {expected}, got {format}")
+def _global_strides(a_global_scale: Tensor | None, b_global_scale: Tensor | None) -> tuple[int, int, int]:
+    """How far apart the a_global_scale of two experts is, the b_global_scale of two experts, and that of two parts."""
+    a_stride = 0 if a_global_scale is None or a_global_scale.numel() == 1 else 1
+    if b_global_scale is None:
+        return a_stride, 0, 0
+    parts = b_global_scale.shape[1] if b_global_scale.dim() == 2 else 0
+    return a_stride, max(parts, 1), min(parts, 1)
 
 
 def grouped_gemm(
@@ -209,23 +313,27 @@ def grouped_gemm(
     b_parts: int = 1,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    expect_taken("grouped_gemm", format)
-    (rows, k), (num_experts, n, _) = a.shape, b.shape
+    act_format = act_format or format
+    expect_formats("grouped_gemm", "triton", format, act_format, is_packed(b))
+    (rows, _), (num_experts, n, k) = a.shape, b.shape
     out = torch.empty((rows, n), dtype=output_dtype(a.dtype, out_dtype), device=a.device)
     if out.numel() == 0:
         return out
-    dot = _dot_dtype(a)
-    scaling = {"fp8_block": "block", "int8": "row"}.get(format, "none")
-    tile = _tile(a, b, num_experts, dot, scaling)
-    has_a_scale = scaling != "none" and a_scale is not None and a_scale.numel() > 0
-    a_strides = a_scale.stride() if has_a_scale else (0, 0)
-    b_strides = (0, 0, 0) if scaling == "none" else b_scale.stride()
+    gpu = _gpu(a.device)
+    dot = _dot_dtype(gpu, format, act_format)
+    tile = _tile(gpu, rows, num_experts, format, act_format, dot)
+    a_scaled, b_scaled = SCALED.get(act_format, "none"), SCALED.get(format, "none")
+    a_strides = (0, 0) if a_scaled == "none" else a_scale.stride()
+    b_strides = (0, 0, 0) if b_scaled == "none" else b_scale.stride()[:3]
     tiles_m = max_rows(rows, num_experts, tile["BLOCK_M"]) // tile["BLOCK_M"]
     with on_device(a):
         _grouped_gemm_kernel[(tiles_m * triton.cdiv(n, tile["BLOCK_N"]),)](
-            as_stored(a), as_stored(b), out, expert_offsets, expert_rows, a_scale if has_a_scale else None,
-            None if scaling == "none" else b_scale, bias, n, n // b_parts, num_experts, tiles_m, *a_strides, *b_strides,
-            K=k, EXPERTS=triton.next_power_of_2(num_experts), TILES_PER_GROUP=TILES_PER_GROUP, SCALING=scaling,
-            UNIFORM=(n // b_parts) % tile["BLOCK_N"] == 0, DOT=dot, **tile,
+            as_stored(a), as_stored(b), out, expert_offsets, expert_rows,
+            None if a_scaled == "none" else as_stored(a_scale), None if b_scaled == "none" else as_stored(b_scale),
+            a_global_scale, b_global_scale, bias, n, n // b_parts, num_experts, tiles_m,
+            *a_strides, *b_strides, *_global_strides(a_global_scale, b_global_scale),
+            K=k * FORMATS[format].pack, EXPERTS=triton.next_power_of_2(num_experts), TILES_PER_GROUP=TILES_PER_GROUP,
+            A_FORMAT=act_format, B_FORMAT=format, A_SCALED=a_scaled, B_SCALED=b_scaled, ATOM=has_scale_atoms(b_scale),
+            UNIFORM=(n // b_parts) % tile["BLOCK_N"] == 0, FP8=gpu is not None and gpu.sm >= 89, DOT=dot, **tile,
         )  # fmt: skip
     return out
