@@ -60,7 +60,10 @@ struct Config {
   static constexpr int kTokenWarps = !kFloat8 ? 1 : kSplit ? 7 : 3;
   static constexpr int kThreads = kConsumers + (kTokenWarps < 4 ? 128 : 256);
   static constexpr int kBlockBytes = packed_block_bytes(kPacking);  // packed: of 64 weight rows
-  static constexpr int kWeightBytes = kPacked ? kRows / kPackedBlock * kBlockBytes : kRows * 128, kTokenBytes = kMaxTokens * 128;
+  // K blocks, 128 bytes of a token, in a stage. With few tokens a block of 64 k is less work than its barriers.
+  static constexpr int kStageBlocks = !kFloat8 && kSplit ? 2 : 1;
+  static constexpr int kBlockWeightBytes = kPacked ? kRows / kPackedBlock * kBlockBytes : kRows * 128, kBlockTokenBytes = kMaxTokens * 128;
+  static constexpr int kWeightBytes = kStageBlocks * kBlockWeightBytes, kTokenBytes = kStageBlocks * kBlockTokenBytes;
   static constexpr int kWaveScales = kFloat8 ? kMaxTokens : 0;  // floats a wave and stage
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes + 4 * kWaves * kWaveScales;
   // Epilogue: up to 64 tokens (packed: 128) x 64 columns of 16 bits for each warpgroup. Gated float8, narrow: act [64, 128] bytes, amax

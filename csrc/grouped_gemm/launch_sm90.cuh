@@ -42,7 +42,8 @@ cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args) {
   g.a_scale = args.a_scale;
   g.b_scale = args.b_scale;
   g.out_stride = args.n;
-  g.k_blocks = (args.k * int(sizeof(Element)) + 127) / 128;
+  g.k_stages = (args.k * int(sizeof(Element)) + 128 * C::kStageBlocks - 1) / (128 * C::kStageBlocks);
+  g.packed_k_blocks = args.k / kPackedBlock;
   g.out_dtype = args.out_dtype;
   g.bias_dtype = args.bias_dtype;
   g.b_global_scale = args.b_global_scale;
@@ -142,9 +143,8 @@ auto with_fused_config(const FusedGemms& fused, int num_sms, F&& f) {
   const bool split = gemm1.num_rows <= 8 * int64_t(gemm1.num_experts) && std::min(tiles(gemm1.n, 256), tiles(gemm2.n, 256)) < 2 * num_sms;
   if constexpr (kPacking != Packing::none) {
     // Two thread blocks an SM, where each gets a few tiles: with less, the longer tiles end later than one round of them saves.
-    const bool many = tiles(gemm1.n, split ? 128 : 256) >= 4.5 * num_sms;
-    if (many && split) return f.template operator()<Config<Element, 32, 2, 1, Mode::split, kPacking, 2>>();
-    if (many && gemm1.num_rows <= 12 * int64_t(gemm1.num_experts)) return f.template operator()<Config<Element, 32, 2, 2, Mode::gated, kPacking, 2>>();
+    if (!split && tiles(gemm1.n, 256) >= 4.5 * num_sms && gemm1.num_rows <= 12 * int64_t(gemm1.num_experts))
+      return f.template operator()<Config<Element, 32, 2, 2, Mode::gated, kPacking, 2>>();
   }
   if (split)
     return tiles(gemm1.n, 128) < num_sms / 2 ? f.template operator()<Config<Element, 32, 1, 1, Mode::split, kPacking>>()

@@ -143,13 +143,13 @@ __device__ __forceinline__ void multiply_float8_wide(const Smem<C>& smem, Pipeli
 
 // 16 bits, narrow and wide: one K block in flight while the next is issued. `issue(stage)` starts the wgmma of a block.
 template <class C, int kCount, class Issue>
-__device__ __forceinline__ void multiply_16bit(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, float (&total)[kCount],
+__device__ __forceinline__ void multiply_16bit(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, float (&total)[kCount],
                                                Issue&& issue) {
   int previous = -1;
   clear(total);
   fence_registers(total);
 #pragma unroll 1
-  for (int kb = 0; kb < k_blocks; ++kb, pipe.advance()) {
+  for (int kb = 0; kb < k_stages; ++kb, pipe.advance()) {
     smem.full[pipe.stage].wait(pipe.phase);
     cute::warpgroup_arrive();
     issue(pipe.stage);
@@ -164,33 +164,34 @@ __device__ __forceinline__ void multiply_16bit(const Smem<C>& smem, PipelineStat
 }
 
 template <class C, int kTokens>
-__device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, int warpgroup,
+__device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, int warpgroup,
                                          float (&total)[C::kWaves * kTokens / 2]) {
   if constexpr (C::kPacked) {
-    multiply_packed<C, kTokens>(smem, pipe, k_blocks, warpgroup, total);
+    multiply_packed<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
   } else if constexpr (C::kFloat8) {
-    multiply_float8<C, kTokens>(smem, pipe, k_blocks, warpgroup, total);
+    multiply_float8<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
   } else {
-    multiply_16bit<C>(smem, pipe, k_blocks, total, [&](int stage) {
+    multiply_16bit<C>(smem, pipe, k_stages, total, [&](int stage) {
       const Operands<C, false> in(smem, stage, warpgroup);
 #pragma unroll
-      for (int kk = 0; kk < 4; ++kk)
+      for (int kk = 0; kk < 4 * C::kStageBlocks; ++kk)
         unrolled<C::kWaves>([&](auto w) {
-          Mma<typename C::Element, kTokens, w * kTokens / 2>::run(in.weights + w * (C::kWaveRows * kRowBytes >> 4) + 2 * kk,
-                                                                  in.tokens + 2 * kk, total, true);
+          Mma<typename C::Element, kTokens, w * kTokens / 2>::run(
+              in.weights + kk / 4 * (C::kBlockWeightBytes >> 4) + w * (C::kWaveRows * kRowBytes >> 4) + 2 * (kk % 4),
+              in.tokens + kk / 4 * (C::kBlockTokenBytes >> 4) + 2 * (kk % 4), total, true);
         });
     });
   }
 }
 
 template <class C>
-__device__ __forceinline__ void multiply_wide(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, int warpgroup,
+__device__ __forceinline__ void multiply_wide(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, int warpgroup,
                                               float (&total)[C::kWaves * 64]) {
   if constexpr (C::kFloat8) {
-    multiply_float8_wide<C>(smem, pipe, k_blocks, warpgroup, total);
+    multiply_float8_wide<C>(smem, pipe, k_stages, warpgroup, total);
   } else {
     // All waves in one instruction: the tokens are read from shared memory once.
-    multiply_16bit<C>(smem, pipe, k_blocks, total, [&](int stage) {
+    multiply_16bit<C>(smem, pipe, k_stages, total, [&](int stage) {
       const Operands<C, true> in(smem, stage, warpgroup);
 #pragma unroll
       for (int kk = 0; kk < 4; ++kk) Mma<typename C::Element, C::kWaves * 128>::run(in.tokens + 2 * kk, in.weights + 2 * kk, total, true);

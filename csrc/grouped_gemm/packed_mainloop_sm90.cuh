@@ -57,32 +57,32 @@ struct PackedRegisters {
   }
 };
 
-// A wgmma group is one wave's 64 or 32 k, as registers permit, or half of the only wave's. One is in flight while the operand of the
-// next is unpacked into other registers. Two groups a pass: with more, ptxas lets each wgmma wait for the one before (C7513).
+// A wgmma group is one wave's 64 or 32 k, as registers permit. One is in flight while the operand of the next is unpacked into other
+// registers. Two groups a pass, of both waves or, in turn, of the only one: with more, ptxas lets each wgmma wait for the one before
+// (C7513).
 template <class C, int kTokens>
-__device__ __forceinline__ void multiply_packed(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, int warpgroup,
+__device__ __forceinline__ void multiply_packed(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, int warpgroup,
                                                 float (&total)[C::kWaves * kTokens / 2]) {
-  constexpr int kHalves = C::kWaves == 2 && C::kMaxTokens == 64 ? 2 : 1;  // of a K block in a group
-  constexpr int kPasses = C::kWaves == 2 && kHalves == 1 ? 2 : 1;         // over a K block
+  constexpr int kHalves = C::kWaves == 2 ? (C::kMaxTokens == 64 ? 2 : 1) : C::kStageBlocks;  // of K blocks, in a group
+  constexpr int kHalvesOfPass = C::kWaves == 2 ? kHalves : 2 * kHalves, kPasses = 2 * C::kStageBlocks / kHalvesOfPass;  // over a stage
   uint32_t a[2][8 * kHalves];
   PackedRegisters<C::kPacking> packed[2][kHalves];
-  auto half_of = [](int pass, int g, int h) { return C::kWaves == 1 ? g : kHalves == 2 ? h : pass; };
-  auto load = [&](int pass) {  // of the stage that `pipe` is at
-    const uint32_t weights = smem.weights + pipe.stage * C::kWeightBytes + warpgroup * C::kBlockBytes;
-#pragma unroll
-    for (int g = 0; g < 2; ++g)
-      for (int h = 0; h < kHalves; ++h)
-        packed[g][h].load(weights + (C::kWaves == 2 ? g * C::kWarpgroups * C::kBlockBytes : 0), half_of(pass, g, h));
-  };
+  auto half_of = [](int pass, int g, int h) { return pass * kHalvesOfPass + (C::kWaves == 2 ? h : g * kHalves + h); };
   int previous = -1;  // a stage that wgmma may still read
   clear(total);
   fence_registers(total);
 #pragma unroll 1
-  for (int i = 0; i < k_blocks * kPasses; ++i) {
+  for (int i = 0; i < k_stages * kPasses; ++i) {
     const int pass = i % kPasses;
     if (pass == 0) smem.full[pipe.stage].wait(pipe.phase);
+    const uint32_t weights = smem.weights + pipe.stage * C::kWeightBytes + warpgroup * C::kBlockBytes;
     const uint32_t tokens = descriptor_low(smem.tokens) + pipe.stage * (C::kTokenBytes >> 4);
-    load(pass);
+#pragma unroll
+    for (int g = 0; g < 2; ++g)
+      for (int h = 0; h < kHalves; ++h) {
+        const int half = half_of(pass, g, h);
+        packed[g][h].load(weights + half / 2 * C::kBlockWeightBytes + (C::kWaves == 2 ? g * C::kWarpgroups * C::kBlockBytes : 0), half % 2);
+      }
     unrolled<2>([&](auto g) {
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) packed[g][h].unpack(a[g] + 8 * h);
@@ -90,9 +90,11 @@ __device__ __forceinline__ void multiply_packed(const Smem<C>& smem, PipelineSta
       for (uint32_t& x : a[g]) cute::warpgroup_fence_operand(x);
       cute::warpgroup_arrive();
 #pragma unroll
-      for (int step = 0; step < 2 * kHalves; ++step)
+      for (int step = 0; step < 2 * kHalves; ++step) {
+        const int half = half_of(pass, g, step / 2);
         RegisterMma<typename C::Element, kTokens, (C::kWaves == 2 ? g * (kTokens / 2) : 0)>::run(
-            a[g] + 4 * step, tokens + 4 * half_of(pass, g, step / 2) + 2 * (step % 2), total);
+            a[g] + 4 * step, tokens + half / 2 * (C::kBlockTokenBytes >> 4) + 4 * (half % 2) + 2 * (step % 2), total);
+      }
       cute::warpgroup_commit_batch();
       cute::warpgroup_wait<1>();  // for the group before this one
       if (g == 0 && pass == 0 && previous >= 0) release<C>(smem, previous);

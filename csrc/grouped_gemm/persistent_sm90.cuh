@@ -38,11 +38,11 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
     const int size = state & 0xff;
     if (size == 0) return;
     const GemmParams& g = p.gemm[C::kFused ? state >> 8 & 1 : 0];
-    const int k_blocks = g.k_blocks;
+    const int k_stages = g.k_stages;
     pipe = {int(state >> 10), state >> 9 & 1};
     auto narrow = [&]<int kTokens>() {
       float total[C::kWaves * kTokens / 2];
-      multiply<C, kTokens>(smem, pipe, k_blocks, warpgroup, total);
+      multiply<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
       signal();
       NarrowEpilogue<C, kTokens>{p, smem, tile, g, total}.run();
     };
@@ -58,7 +58,7 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
           narrow.template operator()<128>();
         } else if constexpr (C::kHasWide) {
           float total[C::kWaves * 64];
-          multiply_wide<C>(smem, pipe, k_blocks, warpgroup, total);
+          multiply_wide<C>(smem, pipe, k_stages, warpgroup, total);
           signal();
           WideEpilogue<C>{p, smem, tile, g, total}.run();
         }

@@ -14,26 +14,34 @@ __device__ __forceinline__ void tma_load(uint32_t smem, const CUtensorMap* map, 
 }
 
 template <class C>
-constexpr int kBlocks = C::kRows / kPackedBlock;
+constexpr int kBlocks = C::kRows / kPackedBlock;  // of a K block
 
 __device__ __forceinline__ void bulk_load(uint32_t smem, const void* source, uint32_t bytes, Barrier& barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem), "l"(source), "r"(bytes),
                "r"(cute::cast_smem_ptr_to_uint(&barrier)) : "memory");
 }
 
-// Warp 0: a tile's packed weights, a block for each wave and warpgroup, and a lane for each of those; blocks past the last row are left out.
+// Warp 0: a tile's packed weights, a block for each wave and warpgroup, and a lane for each of those; blocks past the last row are left
+// out. Past the last k the last block is loaded once more: the tokens are 0 there.
 template <class C>
 __device__ __forceinline__ void load_packed(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe) {
   const GemmParams& g = p.gemm[tile.gemm];
   const int lane = threadIdx.x & 31, blocks = g.part_rows / kPackedBlock;  // of a part
-  int32_t part = 0, row = 0;
-  if (lane < kBlocks<C>) wave_origin<C>(p, tile, lane / C::kWarpgroups, part, row);
-  const int32_t block = row / kPackedBlock + lane % C::kWarpgroups;
-  const bool exists = lane < kBlocks<C> && block < blocks;
+  const bool used = lane < kBlocks<C> * C::kStageBlocks;
+  const int in_block = lane % kBlocks<C>;
+  int32_t part = 0, row = 0, kb = lane / kBlocks<C>;
+  if (used) wave_origin<C>(p, tile, in_block / C::kWarpgroups, part, row);
+  const int32_t block = row / kPackedBlock + in_block % C::kWarpgroups;
+  const bool exists = used && block < blocks;
   const uint32_t bytes = __popc(__ballot_sync(~0u, exists)) * C::kBlockBytes;
-  const uint8_t* source = g.packed_weights + (int64_t(tile.expert * g.parts + part) * blocks + block) * g.k_blocks * C::kBlockBytes;
+  const int64_t first = (int64_t(tile.expert * g.parts + part) * blocks + block) * g.packed_k_blocks + kb;
+  const uint8_t* source = g.packed_weights + first * C::kBlockBytes;
   const uint32_t target = smem.weights + lane * C::kBlockBytes;
-  for (int kb = 0; kb < g.k_blocks; ++kb, pipe.advance(), source += C::kBlockBytes) {
+  for (int stage = 0; stage < g.k_stages; ++stage, pipe.advance(), source += C::kStageBlocks * C::kBlockBytes) {
+    if constexpr (C::kStageBlocks == 2) {
+      if (kb == g.packed_k_blocks) source -= C::kBlockBytes;
+      kb += 2;
+    }
     smem.empty[pipe.stage].wait(pipe.phase ^ 1);
     Barrier& full = smem.full[pipe.stage];
     if (lane == 0) full.arrive_and_expect_tx(bytes);
@@ -104,22 +112,23 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
     const GemmParams& g = p.gemm[tile.gemm];
     if constexpr (C::kFloat8)  // to L2, long before the token warps read them
       for (int w = 0; w < C::kWaves; ++w)
-        for (int kb = threadIdx.x & 31; kb < g.k_blocks; kb += kLanes)
+        for (int kb = threadIdx.x & 31; kb < g.k_stages; kb += kLanes)
           asm volatile("prefetch.global.L2 [%0];" ::"l"(weight_scales<C>(p, tile, w) + kb * g.b_scale.stride_k));
     if constexpr (C::kPacked) {
       load_packed<C>(p, smem, tile, pipe);
       continue;
     }
     PipelineState<C::kStages> next = pipe;  // one lane waits, expects and starts the copies
-    for (int kb = 0; leader && kb < g.k_blocks; ++kb, next.advance()) {
+    for (int kb = 0; leader && kb < g.k_stages; ++kb, next.advance()) {
       smem.empty[next.stage].wait(next.phase ^ 1);
       Barrier& full = smem.full[next.stage];
       full.arrive_and_expect_tx(C::kWeightBytes);
       for (int w = 0; w < C::kWaves; ++w) {
         int32_t part, row;
         wave_origin<C>(p, tile, w, part, row);
-        tma_load(smem.weights + next.stage * C::kWeightBytes + w * C::kWaveRows * 128, &g.weights, full, kb * kBlockK<C>, row,
-                 tile.expert * g.parts + part);
+        for (int h = 0; h < C::kStageBlocks; ++h)
+          tma_load(smem.weights + next.stage * C::kWeightBytes + h * C::kBlockWeightBytes + w * C::kWaveRows * 128, &g.weights, full,
+                   (kb * C::kStageBlocks + h) * kBlockK<C>, row, tile.expert * g.parts + part);
       }
     }
     pipe = next;  // of the leader: nobody else looks at it
@@ -185,8 +194,10 @@ struct TokenLoader {
   __device__ void fill(int stage, int kb, const Scales& s) const {
     Barrier& full = smem.full[stage];
     if (lane == 0) {
-      asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(cute::cast_smem_ptr_to_uint(&full)), "r"(128 << tile.size) : "memory");
-      tma_load(smem.tokens + stage * C::kTokenBytes, &p.gemm[tile.gemm].tokens[tile.size - 3], full, kb * kBlockK<C>, tile.token);
+      asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(cute::cast_smem_ptr_to_uint(&full)), "r"((128 << tile.size) * C::kStageBlocks) : "memory");
+      for (int h = 0; h < C::kStageBlocks; ++h)
+        tma_load(smem.tokens + stage * C::kTokenBytes + h * C::kBlockTokenBytes, &p.gemm[tile.gemm].tokens[tile.size - 3], full,
+                 (kb * C::kStageBlocks + h) * kBlockK<C>, tile.token);
     }
     if constexpr (C::kFloat8) {
       const uint32_t scales = smem.scales + stage * (4 * C::kWaves * C::kWaveScales);
@@ -216,7 +227,7 @@ __device__ void load_tokens(const KernelParams& p, const Smem<C>& smem, int firs
     loader.tile = wait_tile(smem, slot);
     release_tile(smem, slot);  // copied
     if (loader.tile.size == 0) return;
-    const int k_blocks = p.gemm[loader.tile.gemm].k_blocks;
+    const int k_blocks = p.gemm[loader.tile.gemm].k_stages;
     if (first < k_blocks) {  // `first` is this warp's first K block of the tile
       loader.start_tile();
       typename Loader::Scales scales[Loader::kAhead];

@@ -58,7 +58,9 @@ struct GemmParams {
   const void* bias;
   const uint8_t* packed_weights;   // instead of `weights`
   ScaleView a_scale, b_scale, b_global_scale;
-  int32_t parts, part_rows, out_stride, k_blocks;
+  int32_t parts, part_rows, out_stride;
+  int32_t k_stages;
+  int32_t packed_k_blocks;         // packed: of 64 k; they fill the stages, or all but the end of the last
   DType out_dtype, bias_dtype;
 };
 
