@@ -105,7 +105,18 @@ def test_quantised_tokens_are_those_of_the_dequantised_weights(family, checkpoin
     expect_same(answers(model(family, checkpoint), *OURS), expected, tolerance)
 
 
-@pytest.mark.parametrize("checkpoint, tolerance", [("ct_int8", BF16), ("fp8_tensor", FP8)])
+GPT_OSS = ("--attention-backend", "intel_amx", "--disable-cuda-graph")  # SGLang's native one, under a name it accepts
+
+
+def test_gpt_oss_tokens_are_those_of_sglangs_own_experts(model, answers) -> None:
+    """Biases, interleaved gate and up, and the clamped activation; with MXFP4, only the weights are rounded."""
+    dequantised = model("gptoss", "mxfp4", "--dequantised")
+    expected = answers(dequantised, *GPT_OSS)
+    expect_same(answers(dequantised, *OURS, *GPT_OSS), expected, BF16)
+    expect_same(answers(model("gptoss", "mxfp4"), *OURS, *GPT_OSS), expected, BF16)
+
+
+@pytest.mark.parametrize("checkpoint, tolerance", [("ct_int8", BF16), ("fp8_tensor", FP8), ("modelopt_fp8", FP8)])
 def test_eight_bits_are_close_to_the_original(checkpoint, tolerance, model, answers) -> None:
     """INT8 with a scale per token and channel keeps 7 bits, as bf16 does."""
     expected = answers(model("qwen3moe", "bf16"))

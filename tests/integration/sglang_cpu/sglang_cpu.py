@@ -1,6 +1,8 @@
-"""A plugin of SGLang for tests: expert parallelism on a CPU, where SGLang's dispatcher asks for an accelerator, and
---enable-torch-compile with its native attention, where SGLang has compiled models run Intel's AMX kernels alone.
+"""A plugin of SGLang for tests, for what SGLang does on accelerators alone: expert parallelism; --enable-torch-compile
+and attention sinks with its native attention, which leaves the sinks out; the quantisation method mxfp4.
 """
+
+from collections.abc import Callable
 
 # What SGLang asks of an attention that compiled models call; the native one keeps no state of its own.
 COMPILED = {
@@ -10,7 +12,12 @@ COMPILED = {
 }
 
 
+def without_sinks(original: Callable, *args: object, sinks: object = None, **options: object) -> object:
+    return original(*args, **options)
+
+
 def register() -> None:
+    from sglang.srt.layers import quantization
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -19,3 +26,8 @@ def register() -> None:
     HookRegistry.register(fakes, lambda *_: None, HookType.REPLACE)
     for name, function in COMPILED.items():
         setattr(TorchNativeAttnBackend, name, function)
+    native = f"{TorchNativeAttnBackend.__module__}.{TorchNativeAttnBackend.__name__}"
+    for name in ("forward_extend", "forward_decode"):
+        HookRegistry.register(f"{native}.{name}", without_sinks, HookType.AROUND)
+    quantization.QUANTIZATION_METHODS["mxfp4"] = quantization.Mxfp4Config
+    quantization.BASE_QUANTIZATION_METHODS["mxfp4"] = quantization.Mxfp4Config
