@@ -2,11 +2,14 @@
 
 import importlib
 
+import moe_cases
 import pytest
 import torch
+from exact_operands import COMBINATIONS, MAX_K, Operands
 
-import torch_moe_ops  # noqa: F401  (registers torch.ops.moe)
+import torch_moe_ops
 from torch_moe_ops.formats import FORMATS
+from torch_moe_ops.reference.fused_moe import fused_moe as reference_fused_moe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -162,13 +165,29 @@ def test_weight_only(format, act_format, rows):
     assert torch.equal(got, ops.grouped_gemm.reference(*arguments, **options))
 
 
-def test_fp8_widened_for_gpus_without_fp8_tensor_cores(monkeypatch):
+@pytest.mark.parametrize("format, act_format", COMBINATIONS)
+@pytest.mark.parametrize("rows, n, k", [(40, 272, 216), (1200, 512, MAX_K)])
+@pytest.mark.parametrize("sm", [None, 80])
+def test_every_combination(monkeypatch, sm, rows, n, k, format, act_format):
+    """As this GPU runs it, and as one without FP8 and with an A100's shared memory would."""
     module = importlib.import_module("torch_moe_ops.triton.grouped_gemm")
-    monkeypatch.setattr(module, "_dot_dtype", lambda a: module.tl.float16)
-    arguments, options = exact_gemm("fp8_block", "fp8_block", 3000)
-    options["a_scale"] = torch.randint(-2, 3, (3000, 6), device="cuda", generator=generator(7)).float().exp2()
-    got = ops.grouped_gemm.triton(*arguments, **options)
-    assert torch.equal(got, ops.grouped_gemm.reference(*arguments, **options))
+    if sm is not None:
+        monkeypatch.setattr(module, "_gpu", lambda device: module.Gpu(sm, 163 << 10))
+    third = rows // 3
+    operands = Operands(
+        format, act_format, [0, third, third, rows - 1, rows], rows, n, k,
+        parts=2, expert_rows=[third - 3, 0, third, 1], device="cuda",
+    )  # fmt: skip
+    operands.check(module.grouped_gemm(*operands.arguments, **operands.options))
+    operands.options["expert_rows"] += 2  # clamped, but for the first and third: rows beyond those in use
+    operands.check(module.grouped_gemm(*operands.arguments, **operands.options))
+
+
+@pytest.mark.parametrize("format", ["mxfp8", "mxfp4", "nvfp4"])
+def test_scales_in_atoms(format):
+    operands = Operands(format, format, [0, 100, 300], 300, 272, 216, parts=2, device="cuda")
+    operands.options["b_scale"] = ops.pack_scale.triton(operands.options["b_scale"], "atom")
+    operands.check(ops.grouped_gemm.triton(*operands.arguments, **operands.options))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -184,7 +203,30 @@ def test_fused_moe(format, shape):
     assert (got - expected).abs().max() <= 4 * unit * expected.abs().max()
 
 
-@pytest.mark.parametrize("format", GEMM_FORMATS)
+@pytest.mark.parametrize("format, act_format", COMBINATIONS)
+def test_fused_moe_in_every_combination(format, act_format):
+    """The first GEMM's inputs have the reference's bits; a rounding of act or expert_out differs now and then."""
+    fused_moe = importlib.import_module("torch_moe_ops.triton.fused_moe").fused_moe
+    call = moe_cases.make_moe(
+        format, act_format=act_format, num_tokens=99, hidden_size=720, intermediate_size=336, bias=True, device="cuda"
+    )
+    if act_format == "nvfp4":
+        scale = torch.tensor([0.01, 0.002, 0.05, 0.03, 0.004], device="cuda")
+        call = call.but(a13_global_scale=scale, a2_global_scale=scale[:1])
+    got, expected = call(fused_moe).float(), call(reference_fused_moe).float()
+    assert (got - expected).norm() <= 2**-7 * expected.norm()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_default_takes_every_format(format):
+    """Weights as they are stored, activations in their format: a kernel for this GPU or Triton's."""
+    call = moe_cases.make_moe(format, num_tokens=9, device="cuda")
+    out = call(ops.fused_moe.default)
+    if torch_moe_ops.explain("fused_moe", format=format).backend == "triton":
+        assert torch.equal(out, call(ops.fused_moe.triton))
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_tokens_output_does_not_depend_on_its_batch(format):
     """Batches of 1 to 2048 tokens use different tiles, and give each token the same bits."""
     (hidden_states, w13, w2, weights, ids), options = make_moe(format, "prefill")
@@ -195,7 +237,7 @@ def test_a_tokens_output_does_not_depend_on_its_batch(format):
         assert torch.equal(part, whole[rows])
 
 
-@pytest.mark.parametrize("format", ["bf16", "fp8_block"])
+@pytest.mark.parametrize("format", ["bf16", "fp8_block", "mxfp8", "nvfp4"])
 def test_cuda_graph_replays_with_new_routing(format):
     (hidden_states, w13, w2, weights, ids), options = make_moe(format, "ragged")
     ops.fused_moe.triton(hidden_states, w13, w2, weights, ids, **options)  # compiles

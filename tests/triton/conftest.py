@@ -1,7 +1,8 @@
 """Runs the portable Triton kernels on CPU tensors, in Triton's interpreter.
 
 The interpreter is chosen once a process, before torch_moe_ops is imported: `TRITON_INTERPRET=1 pytest tests/triton`.
-Anywhere else test_in_interpreter.py starts that process, and the other tests of this folder are skipped.
+Anywhere else test_in_interpreter.py starts that process, and the other tests of this folder are skipped; but
+test_compiles.py is for the compiler.
 """
 
 import importlib.util
@@ -10,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
+OUTSIDE = ("test_in_interpreter.py", "test_compiles.py")
+
 
 def _why_skipped(item: pytest.Item) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs the triton package"
-    is_starter = item.path.name == "test_in_interpreter.py"
-    if is_starter == (os.environ.get("TRITON_INTERPRET") == "1"):
-        return "already in the interpreter" if is_starter else "runs in test_in_interpreter.py's process"
+    is_outside = item.path.name in OUTSIDE
+    if is_outside == (os.environ.get("TRITON_INTERPRET") == "1"):
+        return "not for the interpreter" if is_outside else "runs in test_in_interpreter.py's process"
     return None
 
 
