@@ -15,7 +15,7 @@ from torch_moe_ops.reference.grouped_gemm import grouped_gemm as reference
 pytest.importorskip("triton")
 
 from torch_moe_ops.triton.fused_moe import fused_moe  # noqa: E402
-from torch_moe_ops.triton.grouped_gemm import SCALED, grouped_gemm  # noqa: E402
+from torch_moe_ops.triton.grouped_gemm import grouped_gemm, scaled  # noqa: E402
 
 OFFSETS = [0, 5, 5, 75, 80]
 
@@ -92,7 +92,7 @@ def test_fp8_block_activations_add_in_k_order(format):
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
-    combination=st.sampled_from([pair for pair in COMBINATIONS if SCALED.get(pair[0]) == "value"]),
+    combination=st.sampled_from([pair for pair in COMBINATIONS if scaled(pair[0]) == "value"]),
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4),
     half_n=st.integers(1, 70),
     half_k=st.integers(1, 150),

@@ -43,16 +43,34 @@ from torch_moe_ops.triton._common import (
 )
 
 # Tiles of rows that walk the columns together, so that they share b's tiles in L2.
-TILES_PER_GROUP = 8
+TILES_PER_GROUP = tl.constexpr(8)
 SCALE_BLOCK = tl.constexpr(128)
 # The fastest tiles of those measured on an H200: for many rows, for few, and for few with less shared memory.
 TILES = tuple(
     {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
     for block_m, block_n, num_warps, num_stages in ((128, 256, 8, 3), (64, 128, 4, 4), (64, 128, 4, 3), (64, 128, 4, 2))
 )
-# What a format's scale multiplies.
-SCALED = {"int8": "result", "fp8_block": "sum", "fp8_block_e8m0": "sum"}
-SCALED |= {format: "value" for format in ("mxfp8", "mxfp4", "nvfp4")}
+
+
+# Triton compares the globals that such functions name at each launch, so they name none.
+@triton.constexpr_function
+def scaled(format: str) -> str:
+    """What a format's scale multiplies."""
+    if format in ("mxfp8", "mxfp4", "nvfp4"):
+        return "value"
+    if format in ("fp8_block", "fp8_block_e8m0"):
+        return "sum"
+    return "result" if format == "int8" else "none"
+
+
+@triton.constexpr_function
+def _pack(format: str) -> int:
+    return 2 if format in ("mxfp4", "nvfp4") else 1
+
+
+@triton.constexpr_function
+def _values_per_scale(format: str) -> int:
+    return 16 if format == "nvfp4" else 32
 
 
 @triton.jit
@@ -75,17 +93,21 @@ def _find_rows(
 
 
 @triton.jit
-def _value_scales(
+def _scale_ptrs(
     scale_ptr, rows, stride_row, stride_k, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr, ATOM: tl.constexpr
 ):  # fmt: skip
-    """Pointers [rows, blocks of the first BLOCK_K] to scales of values, and how far the next BLOCK_K's are."""
-    BLOCKS: tl.constexpr = BLOCK_K // (16 if FORMAT == "nvfp4" else 32)
-    blocks = tl.arange(0, BLOCKS)
-    if ATOM:  # [rows / 128, blocks / 4, 32, 4, 4]; the strides are those of the first two dimensions
-        rows = rows // 128 * stride_row + rows % 32 * 16 + rows // 32 % 4 * 4
-        return scale_ptr + rows[:, None] + (blocks // 4 * stride_k + blocks % 4)[None, :], BLOCKS // 4 * stride_k
+    """To the scales of rows that go with the first BLOCK_K, and how far the next BLOCK_K's are. A pointer for each of
+    the rows, or, to scales of values, [rows, blocks]."""
+    if scaled(FORMAT) != "value":
+        return scale_ptr + rows * stride_row, stride_k
     else:
-        return scale_ptr + rows[:, None] * stride_row + blocks[None, :] * stride_k, BLOCKS * stride_k
+        BLOCKS: tl.constexpr = BLOCK_K // _values_per_scale(FORMAT)
+        blocks = tl.arange(0, BLOCKS)
+        if ATOM:  # [rows / 128, blocks / 4, 32, 4, 4]; the strides are those of the first two dimensions
+            rows = rows // 128 * stride_row + rows % 32 * 16 + rows // 32 % 4 * 4
+            return scale_ptr + rows[:, None] + (blocks // 4 * stride_k + blocks % 4)[None, :], BLOCKS // 4 * stride_k
+        else:
+            return scale_ptr + rows[:, None] * stride_row + blocks[None, :] * stride_k, BLOCKS * stride_k
 
 
 @triton.jit
@@ -100,13 +122,13 @@ def _operand(
     FP8: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """A tile [ROWS, BLOCK_K] of a or b as the dot takes it; of K `left` is left, BLOCK_K or more if it is WHOLE."""
-    PACK: tl.constexpr = 2 if FORMAT == "mxfp4" or FORMAT == "nvfp4" else 1
+    PACK: tl.constexpr = _pack(FORMAT)
     if WHOLE:
         x = tl.load(ptrs)
     else:
         x = tl.load(ptrs, mask=(tl.arange(0, BLOCK_K // PACK) * PACK < left)[None, :], other=0)
-    if PACK == 2 or FORMAT == "mxfp8":
-        BLOCK: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
+    if scaled(FORMAT) == "value":
+        BLOCK: tl.constexpr = _values_per_scale(FORMAT)
         BLOCKS: tl.constexpr = BLOCK_K // BLOCK
         if WHOLE:
             scale = tl.load(scale_ptrs)
@@ -125,14 +147,13 @@ def _operand(
 
 @triton.jit
 def _sum_scale(
-    a_scale_ptrs, b_scale_ptrs, A_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr, A_SCALED: tl.constexpr,
-    B_SCALED: tl.constexpr, UNIFORM: tl.constexpr,
+    a_scale_ptrs, b_scale_ptrs, A_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr, UNIFORM: tl.constexpr
 ):  # fmt: skip
     """What a block's sum is multiplied with: one b_scale for all columns of the tile keeps it a vector of BLOCK_M."""
-    if A_SCALED != "sum":
+    if scaled(A_FORMAT) != "sum":
         b_scale = decode_scale(tl.load(b_scale_ptrs), B_FORMAT)
         return b_scale if UNIFORM else b_scale[None, :]
-    elif B_SCALED != "sum":
+    elif scaled(B_FORMAT) != "sum":
         return decode_scale(tl.load(a_scale_ptrs), A_FORMAT)[:, None]
     else:
         b_scale = decode_scale(tl.load(b_scale_ptrs), B_FORMAT)
@@ -143,23 +164,24 @@ def _sum_scale(
 def _accumulate(
     a_ptrs, b_ptrs, a_scale_ptrs, b_scale_ptrs, a_scale_step, b_scale_step,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    A_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr, A_SCALED: tl.constexpr, B_SCALED: tl.constexpr,
-    UNIFORM: tl.constexpr, FP8: tl.constexpr, DOT: tl.constexpr,
+    A_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr, UNIFORM: tl.constexpr, FP8: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Sum over k [BLOCK_M, BLOCK_N], with the scales of values and of sums applied; int32 when both sides are int8."""
     ACC: tl.constexpr = tl.int32 if DOT == tl.int8 else tl.float32
+    A_SCALED: tl.constexpr = scaled(A_FORMAT)
+    B_SCALED: tl.constexpr = scaled(B_FORMAT)
     WHOLE: tl.constexpr = K % BLOCK_K == 0
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for first_k in range(0, K, BLOCK_K):
         a = _operand(a_ptrs, a_scale_ptrs, K - first_k, A_FORMAT, BLOCK_M, BLOCK_K, WHOLE, FP8, DOT)
         b = tl.trans(_operand(b_ptrs, b_scale_ptrs, K - first_k, B_FORMAT, BLOCK_N, BLOCK_K, WHOLE, FP8, DOT))
         if A_SCALED == "sum" or B_SCALED == "sum":
-            scale = _sum_scale(a_scale_ptrs, b_scale_ptrs, A_FORMAT, B_FORMAT, A_SCALED, B_SCALED, UNIFORM)
+            scale = _sum_scale(a_scale_ptrs, b_scale_ptrs, A_FORMAT, B_FORMAT, UNIFORM)
             total += tl.dot(a, b) * scale
         else:
             total = tl.dot(a, b, total, out_dtype=ACC)
-        a_ptrs += BLOCK_K // 2 if A_FORMAT == "mxfp4" or A_FORMAT == "nvfp4" else BLOCK_K
-        b_ptrs += BLOCK_K // 2 if B_FORMAT == "mxfp4" or B_FORMAT == "nvfp4" else BLOCK_K
+        a_ptrs += BLOCK_K // _pack(A_FORMAT)
+        b_ptrs += BLOCK_K // _pack(B_FORMAT)
         if A_SCALED == "sum" or A_SCALED == "value":
             a_scale_ptrs += a_scale_step
         if B_SCALED == "sum" or B_SCALED == "value":
@@ -167,7 +189,8 @@ def _accumulate(
     return total
 
 
-# Not specialised on what changes from batch to batch: the number of tiles, and the stride of an MN-major a_scale.
+# Not specialised on what changes from batch to batch: the number of tiles, and the stride of an MN-major a_scale. That
+# of a K-major one is known to be 1, which lets its loads be wide.
 @triton.jit(do_not_specialize=["tiles_m", "stride_a_scale_k"])
 def _grouped_gemm_kernel(
     a_ptr, b_ptr, out_ptr, expert_offsets_ptr, expert_rows_ptr, a_scale_ptr, b_scale_ptr,
@@ -175,8 +198,8 @@ def _grouped_gemm_kernel(
     stride_a_scale_row, stride_a_scale_k, stride_b_scale_expert, stride_b_scale_row, stride_b_scale_k,
     stride_a_global, stride_b_global, stride_b_global_part,
     K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILES_PER_GROUP: tl.constexpr, A_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr, A_SCALED: tl.constexpr,
-    B_SCALED: tl.constexpr, ATOM: tl.constexpr, UNIFORM: tl.constexpr, FP8: tl.constexpr, DOT: tl.constexpr,
+    A_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr, K_MAJOR: tl.constexpr, ATOM: tl.constexpr, UNIFORM: tl.constexpr,
+    FP8: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(n, BLOCK_N)
     group = tl.program_id(0) // (TILES_PER_GROUP * tiles_n)
@@ -190,36 +213,32 @@ def _grouped_gemm_kernel(
     rows, cols = first_row + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Lanes past the end repeat the last row and column, which always exist; only their stores are masked.
     safe_rows, safe_cols = tl.minimum(rows, end_row - 1).to(tl.int64), tl.minimum(cols, n - 1)
-    A_PACK: tl.constexpr = 2 if A_FORMAT == "mxfp4" or A_FORMAT == "nvfp4" else 1
-    B_PACK: tl.constexpr = 2 if B_FORMAT == "mxfp4" or B_FORMAT == "nvfp4" else 1
+    A_PACK: tl.constexpr = _pack(A_FORMAT)
+    B_PACK: tl.constexpr = _pack(B_FORMAT)
     a_ptrs = a_ptr + safe_rows[:, None] * (K // A_PACK) + tl.arange(0, BLOCK_K // A_PACK)[None, :]
     b_ptrs = b_ptr + (expert * n + safe_cols)[:, None] * (K // B_PACK) + tl.arange(0, BLOCK_K // B_PACK)[None, :]
-    a_scale_ptrs, a_scale_step = a_scale_ptr, stride_a_scale_k
-    if A_SCALED == "value":
-        a_scale_ptrs, a_scale_step = _value_scales(
-            a_scale_ptr, safe_rows, stride_a_scale_row, stride_a_scale_k, A_FORMAT, BLOCK_K, False
+    a_scale_ptrs, a_scale_step = None, None
+    if a_scale_ptr is not None:
+        a_scale_ptrs, a_scale_step = _scale_ptrs(
+            a_scale_ptr, safe_rows, stride_a_scale_row, 1 if K_MAJOR else stride_a_scale_k, A_FORMAT, BLOCK_K, False
         )
-    elif A_SCALED != "none":
-        a_scale_ptrs = a_scale_ptr + safe_rows * stride_a_scale_row
-    b_scale_ptrs, b_scale_step = b_scale_ptr, stride_b_scale_k
-    if B_SCALED == "value":
-        b_scale_ptrs, b_scale_step = _value_scales(
-            b_scale_ptr + expert * stride_b_scale_expert, safe_cols.to(tl.int64), stride_b_scale_row, stride_b_scale_k,
-            B_FORMAT, BLOCK_K, ATOM,
-        )  # fmt: skip
-    elif B_SCALED != "none":
+    b_scale_ptrs, b_scale_step = None, None
+    if b_scale_ptr is not None:
         scale_rows = safe_cols
-        if B_SCALED == "sum":
+        if scaled(B_FORMAT) == "sum":
             scale_cols = tile_n * BLOCK_N if UNIFORM else safe_cols
             scale_rows = scale_cols // part_n * tl.cdiv(part_n, SCALE_BLOCK) + scale_cols % part_n // SCALE_BLOCK
-        b_scale_ptrs = b_scale_ptr + expert * stride_b_scale_expert + scale_rows.to(tl.int64) * stride_b_scale_row
+        b_scale_ptrs, b_scale_step = _scale_ptrs(
+            b_scale_ptr + expert * stride_b_scale_expert, scale_rows.to(tl.int64), stride_b_scale_row, stride_b_scale_k,
+            B_FORMAT, BLOCK_K, ATOM,
+        )  # fmt: skip
     out = _accumulate(
         a_ptrs, b_ptrs, a_scale_ptrs, b_scale_ptrs, a_scale_step, b_scale_step,
-        K, BLOCK_M, BLOCK_N, BLOCK_K, A_FORMAT, B_FORMAT, A_SCALED, B_SCALED, UNIFORM, FP8, DOT,
+        K, BLOCK_M, BLOCK_N, BLOCK_K, A_FORMAT, B_FORMAT, UNIFORM, FP8, DOT,
     ).to(tl.float32)  # fmt: skip
-    if B_SCALED == "result":
+    if scaled(B_FORMAT) == "result":
         scale = tl.load(b_scale_ptrs)[None, :]
-        out *= tl.load(a_scale_ptrs)[:, None] * scale if A_SCALED == "result" else scale
+        out *= tl.load(a_scale_ptrs)[:, None] * scale if a_scale_ptr is not None else scale
     if a_global_scale_ptr is not None:
         out *= tl.load(a_global_scale_ptr + expert * stride_a_global)
     if b_global_scale_ptr is not None:
@@ -256,7 +275,7 @@ def _dot_dtype(gpu: Gpu | None, format: str, act_format: str) -> tl.dtype:
         return tl.int8
     if gpu is None:
         return tl.float32  # the interpreter would multiply bfloat16 bit patterns as integers
-    if SCALED.get(act_format) == SCALED.get(format) == "sum":
+    if scaled(act_format) == scaled(format) == "sum":
         return tl.float8e4nv if gpu.sm >= 89 else tl.float16
     if act_format == "fp16":
         return tl.float32 if format in ("mxfp8", "mxfp4") else tl.float16
@@ -282,7 +301,7 @@ def _tile(gpu: Gpu | None, rows: int, num_experts: int, format: str, act_format:
             needed += block_k * (block_m + block_n) * dot_bits // 8
         return gpu is not None and needed <= gpu.shared_memory
 
-    has_blocks = {SCALED.get(format), SCALED.get(act_format)} & {"sum", "value"}
+    has_blocks = {scaled(format), scaled(act_format)} & {"sum", "value"}
     is_small = has_blocks or rows <= 64 * num_experts
     tile = next(filter(fits, TILES[1 if is_small else 0 :]), TILES[-1])
     return {"BLOCK_K": block_k, **tile}
@@ -322,18 +341,18 @@ def grouped_gemm(
     gpu = _gpu(a.device)
     dot = _dot_dtype(gpu, format, act_format)
     tile = _tile(gpu, rows, num_experts, format, act_format, dot)
-    a_scaled, b_scaled = SCALED.get(act_format, "none"), SCALED.get(format, "none")
-    a_strides = (0, 0) if a_scaled == "none" else a_scale.stride()
-    b_strides = (0, 0, 0) if b_scaled == "none" else b_scale.stride()[:3]
+    a_scale = a_scale if FORMATS[act_format].has_scale else None  # of bf16 and fp16 it is empty
+    a_strides = (0, 0) if a_scale is None else a_scale.stride()
+    b_strides = (0, 0, 0) if b_scale is None else b_scale.stride()[:3]
     tiles_m = max_rows(rows, num_experts, tile["BLOCK_M"]) // tile["BLOCK_M"]
     with on_device(a):
         _grouped_gemm_kernel[(tiles_m * triton.cdiv(n, tile["BLOCK_N"]),)](
             as_stored(a), as_stored(b), out, expert_offsets, expert_rows,
-            None if a_scaled == "none" else as_stored(a_scale), None if b_scaled == "none" else as_stored(b_scale),
-            a_global_scale, b_global_scale, bias, n, n // b_parts, num_experts, tiles_m,
+            as_stored(a_scale), as_stored(b_scale), a_global_scale, b_global_scale, bias,
+            n, n // b_parts, num_experts, tiles_m,
             *a_strides, *b_strides, *_global_strides(a_global_scale, b_global_scale),
-            K=k * FORMATS[format].pack, EXPERTS=triton.next_power_of_2(num_experts), TILES_PER_GROUP=TILES_PER_GROUP,
-            A_FORMAT=act_format, B_FORMAT=format, A_SCALED=a_scaled, B_SCALED=b_scaled, ATOM=has_scale_atoms(b_scale),
+            K=k * FORMATS[format].pack, EXPERTS=triton.next_power_of_2(num_experts),
+            A_FORMAT=act_format, B_FORMAT=format, K_MAJOR=a_strides[1] == 1, ATOM=has_scale_atoms(b_scale),
             UNIFORM=(n // b_parts) % tile["BLOCK_N"] == 0, FP8=gpu is not None and gpu.sm >= 89, DOT=dot, **tile,
         )  # fmt: skip
     return out
