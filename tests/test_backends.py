@@ -58,7 +58,7 @@ fused_moe on cuda (sm90), fp8_block weights, bf16 activations, n 4096 k 7168, n 
   reference     no: plain torch; on a GPU it runs only when called by name
 
 fused_moe on cuda (sm90), int8, n 4096 k 7168, n 7168 k 2048
-  cutlass_sm90  no: multiplies bf16, fp16, fp8_block, nvfp4, mxfp4, got int8
+  cutlass_sm90  no: multiplies bf16, fp16, fp8_block, nvfp4, mxfp4, mxfp8, got int8
   triton        yes
   reference     no: plain torch; on a GPU it runs only when called by name
 
@@ -87,7 +87,7 @@ grouped_gemm on cuda (sm120), int8
   reference     no: plain torch; on a GPU it runs only when called by name
 
 grouped_gemm on cuda (sm90), int8
-  cutlass_sm90  no: multiplies bf16, fp16, fp8_block, nvfp4, mxfp4, got int8
+  cutlass_sm90  no: multiplies bf16, fp16, fp8_block, nvfp4, mxfp4, mxfp8, got int8
   cutlass_sm100 no: needs sm100 or sm103, got sm90
   cutlass_sm120 no: needs sm120 or sm121, got sm90
   cutlass_sm80  no: on sm90 it runs only when called by name
@@ -245,7 +245,7 @@ def test_gpus_multiply_what_the_ops_accept(sm: int) -> None:
         ("fused_moe", 90, "nvfp4", ("bf16",), ("cutlass_sm90", "bf16", True)),
         ("fused_moe", 90, "nvfp4", ("",), ("triton", "", False)),
         ("fused_moe", 90, "mxfp4", ("bf16", "mxfp8"), ("cutlass_sm90", "bf16", True)),
-        ("fused_moe", 90, "mxfp8", ("", "bf16"), ("triton", "", False)),
+        ("fused_moe", 90, "mxfp8", ("", "bf16"), ("cutlass_sm90", "bf16", True)),
         ("fused_moe", 90, "fp8_block", ("",), ("cutlass_sm90", "", False)),
         ("grouped_gemm", 100, "nvfp4", ("", "bf16"), ("cutlass_sm100", "", False)),
         ("grouped_gemm", 100, "mxfp4", ("bf16", "mxfp8"), ("cutlass_sm100", "mxfp8", False)),

@@ -14,7 +14,10 @@ import torch_moe_ops as moe
 from torch_moe_ops.formats import FORMATS, unpack_e2m1
 from torch_moe_ops.packed_weights import MAGNITUDE_SHIFTS, SIGN_SHIFTS
 
-PACKABLE = ("nvfp4", "mxfp4")
+PACKABLE = ("nvfp4", "mxfp4", "mxfp8")
+# What the kernel's products of value and scale are multiplied by, and the bytes of a block's values and of all of it.
+UNPACKED_SCALE = {"nvfp4": 2.0**19, "mxfp4": 2.0**63, "mxfp8": 2.0**57}
+BLOCK_BYTES = {"nvfp4": (2048, 2304), "mxfp4": (2048, 2176), "mxfp8": (4096, 4224)}
 pytestmark = pytest.mark.parametrize("format", PACKABLE)
 
 
@@ -22,10 +25,17 @@ def random_weight(format: str, num_experts: int, n: int, k: int, seed: int = 0) 
     """Every code and every scale that is a number."""
     g = torch.Generator().manual_seed(seed)
     fmt = FORMATS[format]
-    values = torch.randint(0, 256, (num_experts, n, k // 2), generator=g, dtype=torch.uint8)
+    values = torch.randint(0, 256, (num_experts, n, k // fmt.pack), generator=g, dtype=torch.uint8)
+    if format == "mxfp8":
+        values = torch.where(values & 0x7F == 0x7F, 0, values)
     shape = (num_experts, *fmt.weight_scale_shape(n, k))
-    scale = torch.randint(0, 192 if format == "mxfp4" else 0x7F, shape, generator=g, dtype=torch.uint8)
-    return values, scale.view(fmt.scale_dtype)
+    first, end = {"nvfp4": (0, 0x7F), "mxfp4": (0, 192), "mxfp8": (60, 192)}[format]  # mxfp8: none is subnormal
+    scale = torch.randint(first, end, shape, generator=g, dtype=torch.uint8)
+    return values.view(fmt.dtype), scale.view(fmt.scale_dtype)
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.uint8)
 
 
 def dequantize(format: str, values: Tensor, scale: Tensor) -> Tensor:
@@ -48,25 +58,30 @@ def read_like_the_kernel(packed: Tensor, format: str) -> Tensor:
     def shifted(word: Tensor, count: int) -> Tensor:
         return (word << count if count >= 0 else word >> -count) & 0xFFFFFFFF
 
-    values = words(0, 2048, 2, 128, 2)
+    first, end = BLOCK_BYTES[format]
+    values = words(0, first, 2, 128, 2, first // 2048)
     out = torch.zeros(experts, row_blocks * 64, k_blocks * 64, dtype=torch.float64)
     for thread in range(128):
         row, c = 16 * (thread // 32) + thread % 32 // 4, thread % 4
         for step in range(4):
             word = values[:, :, :, step // 2, thread, step % 2]
             if format == "nvfp4":
-                stored = words(2048, 2304, 32, 2)[..., thread // 4, step // 2]
+                stored = words(first, end, 32, 2)[..., thread // 4, step // 2]
                 both = (stored >> 8 * (step % 2) & 0x00FF00FF) * 16 + 0x70007000
             else:
-                both = (words(2048, 2176, 32)[..., thread // 4] >> 8 * (step // 2) & 0x00FF00FF) * 128
+                both = (words(first, end, 32)[..., thread // 4] >> 8 * (step // 2) & 0x00FF00FF) * 128
             for j in range(4):
-                register = shifted(word, MAGNITUDE_SHIFTS[j]) & 0x01C001C0
-                register |= shifted(word, SIGN_SHIFTS[j]) & 0x80008000
+                if format == "mxfp8":
+                    register = shifted(word[..., j // 2], -4 if j % 2 == 0 else 4) & 0x07F007F0
+                    register |= shifted(word[..., j // 2], 0 if j % 2 == 0 else 8) & 0x80008000
+                else:
+                    register = shifted(word[..., 0], MAGNITUDE_SHIFTS[j]) & 0x01C001C0
+                    register |= shifted(word[..., 0], SIGN_SHIFTS[j]) & 0x80008000
                 scale = bfloat16(both >> 16 * (j % 2) & 0xFFFF)
                 for half in range(2):
                     value = bfloat16(register >> 16 * half & 0xFFFF)
                     out[:, row + 8 * (j % 2) :: 64, 16 * step + 8 * (j // 2) + 2 * c + half :: 64] = value * scale
-    return out * {"nvfp4": 2.0**19, "mxfp4": 2.0**63}[format]
+    return out * UNPACKED_SCALE[format]
 
 
 @settings(max_examples=20, deadline=None)
@@ -76,10 +91,11 @@ def test_round_trip(format: str, experts: int, n: int, k: int, seed: int) -> Non
     packed = moe.pack_weight(values, scale, format)
     assert packed.numel() == values.numel() + scale.numel()  # not a byte more
     got_values, got_scale = moe.unpack_weight(packed, format)
-    assert torch.equal(got_scale.view(torch.uint8), scale.view(torch.uint8))
-    zero = (scale.view(torch.uint8) == 0).repeat_interleave(FORMATS[format].weight_block[1] // 2, -1)
+    assert torch.equal(bits(got_scale), bits(scale))
+    fmt = FORMATS[format]
+    zero = (bits(scale) == 0).repeat_interleave(fmt.weight_block[1] // fmt.pack, -1)
     keeps = ~zero if format == "nvfp4" else torch.ones_like(zero)  # what a zero multiplies becomes zero
-    assert torch.equal(got_values[keeps], values[keeps])
+    assert got_values.dtype == fmt.dtype and torch.equal(bits(got_values)[keeps], bits(values)[keeps])
     assert torch.equal(dequantize(format, got_values, got_scale), dequantize(format, values, scale))
 
 
@@ -90,13 +106,13 @@ def test_a_kernel_reads_every_number_exactly(format: str) -> None:
 
 
 def test_scales_at_the_ends(format: str) -> None:
-    """Negative and NaN scales of nvfp4 keep their meaning; mxfp4 scales that bfloat16 has no room for are infinite."""
-    values = torch.full((1, 64, 32), 0x2A, dtype=torch.uint8)  # -1, 1
+    """Negative and NaN scales of nvfp4 keep their meaning; e8m0 scales that bfloat16 has no room for are infinite."""
     fmt = FORMATS[format]
+    values = torch.full((1, 64, 64 // fmt.pack), 0x2A if fmt.pack == 2 else 0x38, dtype=torch.uint8)  # -1, 1; 1
     scale = torch.full((1, 64, 64 // fmt.weight_block[1]), 0x40 if format == "nvfp4" else 127, dtype=torch.uint8)
     scale[0, 0, 0] = 0xC0 if format == "nvfp4" else 192
     scale[0, 1, 0] = 0x7F if format == "nvfp4" else 255
-    packed = moe.pack_weight(values, scale.view(fmt.scale_dtype), format)
+    packed = moe.pack_weight(values.view(fmt.dtype), scale.view(fmt.scale_dtype), format)
     read = read_like_the_kernel(packed, format)
     if format == "nvfp4":
         assert read[0, 0, :2].tolist() == [2.0, -2.0] and read[0, 1, :16].isnan().all()
@@ -104,6 +120,19 @@ def test_scales_at_the_ends(format: str) -> None:
     else:
         assert not read[0, :2, :32].isfinite().any()
     assert read[0, 2:].abs().unique().tolist() == [2.0 if format == "nvfp4" else 1.0]
+
+
+def test_a_nan_is_not_lost(format: str) -> None:
+    """mxfp8 values can be NaN. The kernel has no such value: their block of 32 is not finite, and no other."""
+    if format != "mxfp8":
+        pytest.skip("every 4-bit value is a number")
+    values, scale = random_weight(format, 1, 64, 128)
+    bits(values)[0, 9, 40] = 0xFF
+    packed = moe.pack_weight(values, scale, format)
+    finite = torch.ones(64, 128, dtype=torch.bool)
+    finite[9, 32:64] = False
+    assert torch.equal(read_like_the_kernel(packed, format)[0].isfinite(), finite)
+    assert torch.equal(dequantize(format, *moe.unpack_weight(packed, format))[0].isfinite(), finite)
 
 
 def test_grouped_gemm_and_fused_moe_take_either(format: str) -> None:
@@ -147,7 +176,7 @@ def test_refusals(format: str) -> None:
         line(RuntimeError, moe.pack_weight, values[:, :100], scale[:, :100], format),
         line(RuntimeError, moe.pack_weight, values, scale[:, :64], format),
         line(RuntimeError, moe.pack_weight, values.float(), scale, format),
-        line(RuntimeError, moe.pack_weight, values, scale, "mxfp8"),
+        line(RuntimeError, moe.pack_weight, values, scale, "fp8_block"),
         line(RuntimeError, moe.unpack_weight, values, format),
     ]
     packed, offsets, x = moe.pack_weight(values, scale, format), torch.tensor([0, 1, 2]).int(), torch.ones(2, 64)
@@ -155,7 +184,7 @@ def test_refusals(format: str) -> None:
     gemm = moe.grouped_gemm
     lines += [
         line(RuntimeError, gemm, x.bfloat16(), packed, offsets, b_scale=scale, **options),
-        line(RuntimeError, gemm, x.bfloat16(), packed[..., :2048].contiguous(), offsets, **options),
+        line(RuntimeError, gemm, x.bfloat16(), packed[..., :1024].contiguous(), offsets, **options),
         line(RuntimeError, gemm, torch.ones(2, 128).bfloat16(), packed, offsets, **options),
         line(RuntimeError, gemm, x.bfloat16(), packed, offsets, format="fp8_block", act_format="bf16"),
     ]
@@ -166,10 +195,10 @@ def test_refusals(format: str) -> None:
 pack_weight: values: expected N and K to be multiples of 64, got N 100, K 64
 pack_weight: scale: expected float8_e4m3fn [2, 128, 4] on cpu, got float8_e4m3fn [2, 64, 4] on cpu
 pack_weight: values: expected uint8 [E, N, K/2], got float32 [2, 128, 32] on cpu
-pack_weight: format: expected one of nvfp4, mxfp4, got mxfp8
+pack_weight: format: expected one of nvfp4, mxfp4, mxfp8, got fp8_block
 unpack_weight: packed: expected contiguous uint8 [E, N/64, K/64, 2304] of pack_weight, got uint8 [2, 128, 32] on cpu
 grouped_gemm: b_scale: expected none beside packed b, which holds it, got [2, 128, 4]
-grouped_gemm: b: expected contiguous uint8 [E, N/64, K/64, 2304] of pack_weight, got uint8 [2, 2, 1, 2048] on cpu
+grouped_gemm: b: expected contiguous uint8 [E, N/64, K/64, 2304] of pack_weight, got uint8 [2, 2, 1, 1024] on cpu
 grouped_gemm: b: expected packed [2, 128, 128] on cpu, got packed [2, 128, 64] on cpu
 grouped_gemm: b: expected float8_e4m3fn [E, N, K] on cpu, got uint8 [2, 2, 1, 2304] on cpu""",  # noqa: E501
         )
@@ -188,9 +217,11 @@ def test_meta_and_cpu_agree(format: str) -> None:
 
 def test_values_are_those_of_the_checkpoint(format: str) -> None:
     """Low nibble = even k, in the packed order as well."""
-    values = torch.zeros(1, 64, 32, dtype=torch.uint8)
-    values[0, 5, 3] = 0x07  # k = 6
+    fmt = FORMATS[format]
+    values = torch.zeros(1, 64, 64 // fmt.pack, dtype=torch.uint8)
+    values[0, 5, 6 // fmt.pack] = 0x07
     one = 0x38 if format == "nvfp4" else 127
-    scale = torch.full((1, 64, 64 // FORMATS[format].weight_block[1]), one, dtype=torch.uint8)
-    got = moe.unpack_weight(moe.pack_weight(values, scale, format), format)[0]
-    assert unpack_e2m1(got).nonzero().tolist() == [[0, 5, 6]]
+    scale = torch.full((1, 64, 64 // fmt.weight_block[1]), one, dtype=torch.uint8).view(fmt.scale_dtype)
+    got = moe.unpack_weight(moe.pack_weight(values.view(fmt.dtype), scale, format), format)[0]
+    numbers = unpack_e2m1(got) if fmt.pack == 2 else got.float()
+    assert numbers.nonzero().tolist() == [[0, 5, 6]]

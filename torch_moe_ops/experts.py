@@ -152,7 +152,7 @@ class Experts(nn.Module):
         )
 
     def packed(self) -> Experts:
-        """The same experts with their 4-bit weights and scales as the SM90 kernels read them: see `pack_weight`."""
+        """The same experts with their weights and scales as the SM90 kernels read them: see `pack_weight`."""
         tensors = {name: getattr(self, name) for name in TENSORS}
         for name in ("w13", "w2"):
             if not is_packed(tensors[name]):

@@ -177,7 +177,7 @@ Tensor fused_moe_sm90(const Tensor& hidden_states, const Tensor& w13, const Tens
   const bool packed = packing_of(w13, weight_format) != Packing::none;
   layer.format = act_format_of(w13, weight_format);
   MOE_EXPECT(layer.format == Format::bf16 || layer.format == Format::fp16 || layer.format == Format::fp8_block, kOp, "format",
-             "bf16, fp16, fp8_block or packed nvfp4 or mxfp4 for this backend", format);
+             "bf16, fp16, fp8_block or packed nvfp4, mxfp4 or mxfp8 for this backend", format);
   const std::string expected_acts = packed ? "bf16" : format;
   MOE_EXPECT((act_format.empty() ? format : act_format) == expected_acts, kOp, "act_format", expected_acts << " for this backend", act_format);
   MOE_EXPECT(packing_of(w2, weight_format) == packing_of(w13, weight_format), kOp, "w2", "packed like w13", describe(w2));

@@ -25,7 +25,7 @@ Tensor grouped_gemm_with(const Launcher& launcher, const Tensor& a, const Tensor
   const std::string expected_acts = acts == parsed ? format : "bf16";
   MOE_EXPECT((act_format.empty() ? format : act_format) == expected_acts, kOp, "act_format", expected_acts << " for this backend", act_format);
   MOE_EXPECT(acts == Format::bf16 || acts == Format::fp16 || acts == Format::int8 || acts == Format::fp8_block, kOp, "format",
-             "bf16, fp16, int8, fp8_block or packed nvfp4 or mxfp4 for this backend", format);
+             "bf16, fp16, int8, fp8_block or packed nvfp4, mxfp4 or mxfp8 for this backend", format);
   MOE_EXPECT(!a_global_scale, kOp, "a_global_scale", "none for " << expected_acts, describe(*a_global_scale));
   const bool is_16bit = a.scalar_type() == ScalarType::BFloat16 || a.scalar_type() == ScalarType::Half;
   const ScalarType dtype = out_dtype.value_or(is_16bit ? a.scalar_type() : ScalarType::BFloat16);

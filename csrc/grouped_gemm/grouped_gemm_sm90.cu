@@ -56,6 +56,7 @@ template <class F>
 auto with_element(const GroupedGemmArgs& args, F&& f) {
   if (args.packing == Packing::nvfp4) return f.template operator()<__nv_bfloat16, Packing::nvfp4>();
   if (args.packing == Packing::mxfp4) return f.template operator()<__nv_bfloat16, Packing::mxfp4>();
+  if (args.packing == Packing::mxfp8) return f.template operator()<__nv_bfloat16, Packing::mxfp8>();
   if (args.ab_dtype == DType::float8_e4m3) return f.template operator()<__nv_fp8_e4m3, Packing::none>();
   if (args.ab_dtype == DType::float16) return f.template operator()<__half, Packing::none>();
   return f.template operator()<__nv_bfloat16, Packing::none>();

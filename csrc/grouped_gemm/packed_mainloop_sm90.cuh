@@ -1,14 +1,15 @@
-// Main loop for packed 4-bit weights (torch_moe_ops/packed_weights.py): they become wgmma's 64-row operand in registers, so that
-// nothing but 4-bit values and their scales passes through memory and shared memory. Every product value * scale is exact in
-// bfloat16: e2m1 has 2 significant bits, e4m3 4 and e8m0 1.
+// Main loop for packed weights (torch_moe_ops/packed_weights.py): they become wgmma's 64-row operand in registers, so that nothing but
+// 4-bit or 8-bit values and their scales passes through memory and shared memory. Every product value * scale is exact in bfloat16: e2m1
+// has 2 significant bits, e4m3 4 and e8m0 1.
 #pragma once
 #include "grouped_gemm/kernel_sm90.cuh"
 
 namespace moe::sm90 {
 
-// What the products below have to be multiplied by: values come with 2^-126, nvfp4 scales with 2^107, mxfp4 scales with 2^63.
+// What the products below have to be multiplied by: 4-bit values come with 2^-126, 8-bit ones with 2^-120, nvfp4 scales with 2^107, the
+// others with 2^63.
 template <Packing kPacking>
-constexpr float kUnpackedScale = kPacking == Packing::nvfp4 ? float(1 << 19) : float(1ull << 63);
+constexpr float kUnpackedScale = kPacking == Packing::nvfp4 ? float(1 << 19) : kPacking == Packing::mxfp4 ? float(1ull << 63) : float(1ull << 57);
 
 // Both halves of x, bfloat16, times one half of y.
 __device__ __forceinline__ uint32_t times_lower(uint32_t x, uint32_t y) {
@@ -22,37 +23,55 @@ __device__ __forceinline__ uint32_t times_upper(uint32_t x, uint32_t y) {
   return d;
 }
 
-// One word of values -> the operand of one step of 16 k; scales: of row r in the lower half, of row r + 8 in the upper.
-__device__ __forceinline__ void unpack_values(uint32_t word, uint32_t scales, uint32_t* a) {
+// Values -> the operand of one step of 16 k; scales: of row r in the lower half, of row r + 8 in the upper. 4 bits: one word.
+__device__ __forceinline__ void unpack_step(const uint32_t (&words)[1], uint32_t scales, uint32_t* a) {
   constexpr uint32_t kMagnitudes = 0x01C001C0, kSigns = 0x80008000;
+  const uint32_t word = words[0];
   a[0] = times_lower(word & (kMagnitudes | kSigns), scales);
   a[1] = times_upper((word << 3) & (kMagnitudes | kSigns), scales);
   a[2] = times_lower((word << 6) & kMagnitudes, scales) ^ ((word << 1) & kSigns);
   a[3] = times_upper((word >> 3) & kMagnitudes, scales) ^ ((word << 2) & kSigns);
 }
 
+// 8 bits: two words.
+__device__ __forceinline__ void unpack_step(const uint32_t (&words)[2], uint32_t scales, uint32_t* a) {
+  constexpr uint32_t kMagnitudes = 0x07F007F0, kSigns = 0x80008000;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    a[2 * i] = times_lower(((words[i] >> 4) & kMagnitudes) | (words[i] & kSigns), scales);
+    a[2 * i + 1] = times_upper(((words[i] << 4) & kMagnitudes) | ((words[i] << 8) & kSigns), scales);
+  }
+}
+
 // This thread's part of half a block, of 32 k, as it is stored.
 template <Packing kPacking>
 struct PackedRegisters {
-  uint32_t values[2], scales;
+  static constexpr int kStepWords = packed_value_bytes(kPacking) / 2048;
+  uint32_t values[2][kStepWords], scales;
 
   __device__ __forceinline__ void load(uint32_t block, int half) {
     const int thread = threadIdx.x % 128;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(values[0]), "=r"(values[1]) : "r"(block + half * 1024 + thread * 8));
-    const uint32_t address = block + 2048 + (kPacking == Packing::nvfp4 ? thread / 4 * 8 + half * 4 : thread / 4 * 4);
+    const uint32_t source = block + (half * 128 + thread) * sizeof(values);
+    if constexpr (kStepWords == 1)
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(values[0][0]), "=r"(values[1][0]) : "r"(source));
+    else
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(values[0][0]), "=r"(values[0][1]), "=r"(values[1][0]), "=r"(values[1][1])
+                   : "r"(source));
+    const uint32_t address = block + packed_value_bytes(kPacking) + (kPacking == Packing::nvfp4 ? thread / 4 * 8 + half * 4 : thread / 4 * 4);
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scales) : "r"(address));
-    if (kPacking == Packing::mxfp4) scales >>= 8 * half;
+    if (kPacking != Packing::nvfp4) scales >>= 8 * half;
   }
 
   // The operand of two steps of 16 k. nvfp4 scales are stored with 5 bits of exponent, to which 224 is added, and 3 of mantissa.
   __device__ __forceinline__ void unpack(uint32_t* a) const {
     if constexpr (kPacking == Packing::nvfp4) {
-      unpack_values(values[0], (scales & 0x00FF00FF) * 16 + 0x70007000, a);
-      unpack_values(values[1], __byte_perm(scales, 0, 0x4341) * 16 + 0x70007000, a + 4);
+      unpack_step(values[0], (scales & 0x00FF00FF) * 16 + 0x70007000, a);
+      unpack_step(values[1], __byte_perm(scales, 0, 0x4341) * 16 + 0x70007000, a + 4);
     } else {
       const uint32_t both = (scales & 0x00FF00FF) * 128;
-      unpack_values(values[0], both, a);
-      unpack_values(values[1], both, a + 4);
+      unpack_step(values[0], both, a);
+      unpack_step(values[1], both, a + 4);
     }
   }
 };

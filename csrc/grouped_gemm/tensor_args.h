@@ -28,7 +28,12 @@ inline void expect_scale(const char* op, const std::string& argument, const std:
 // b as pack_weight gives it: blocks that hold the scales, too.
 inline Packing packing_of(const Tensor& b, Format format) {
   if (b.dim() != 4) return Packing::none;
-  return format == Format::nvfp4 ? Packing::nvfp4 : format == Format::mxfp4 ? Packing::mxfp4 : Packing::none;
+  switch (format) {
+    case Format::nvfp4: return Packing::nvfp4;
+    case Format::mxfp4: return Packing::mxfp4;
+    case Format::mxfp8: return Packing::mxfp8;
+    default: return Packing::none;
+  }
 }
 
 // What multiplies b [E, n, k] in a format.
@@ -38,10 +43,10 @@ inline Format act_format_of(const Tensor& b, Format format) { return packing_of(
 inline GroupedGemmArgs weight_args(const char* op, const std::string& name, const Tensor& b, const std::optional<Tensor>& scale,
                                    const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias, Format format,
                                    int64_t parts, const Tensor& like) {
-  const ScalarType dtype = value_dtype(format);
   GroupedGemmArgs args;
   args.packing = packing_of(b, format);
   const bool packed = args.packing != Packing::none;
+  const ScalarType dtype = packed ? ScalarType::Byte : value_dtype(format);
   if (packed) expect_tensor(op, name.c_str(), b, {dtype}, {"E", "N/64", "K/64", packed_block_bytes(args.packing)}, like);
   else expect_tensor(op, name.c_str(), b, {dtype}, {"E", "N", "K"}, like);
   const int64_t num_experts = b.size(0), n = b.size(1) * (packed ? kPackedBlock : 1), k = b.size(2) * (packed ? kPackedBlock : 1);

@@ -25,16 +25,16 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 BACKENDS = ("cutlass_sm90", "triton")
 GPU_FORMATS = ("bf16", "fp16", "fp8_block")
-PACKED = ("nvfp4", "mxfp4")  # multiplied by bf16 activations, by cutlass_sm90 alone
+PACKED = ("nvfp4", "mxfp4", "mxfp8")  # multiplied by bf16 activations, by cutlass_sm90 alone
 # cutlass_sm90 takes split tiles of 64 rows at 1 token, of 128 up to 64 tokens; then gated tiles, with GEMM2 in a launch
 # of its own at 300 tokens and in the same one at 2049.
 LAYER = {"hidden_size": 1024, "intermediate_size": 512, "num_experts": 64, "top_k": 8}
 # |got - dense| / |dense|. Three roundings of about the same size: gate_up's inputs or expert_out, act, output. The root
 # mean square of one is 0.0017 (bf16), 0.0002 (fp16), 0.027 (fp8_block, activations); weights are not counted.
-DENSE_ERROR = {"bf16": 6e-3, "fp16": 1e-3, "fp8_block": 5e-2, "nvfp4": 6e-3, "mxfp4": 6e-3}
+DENSE_ERROR = {"bf16": 6e-3, "fp16": 1e-3, "fp8_block": 5e-2, "nvfp4": 6e-3, "mxfp4": 6e-3, "mxfp8": 6e-3}
 # |got - reference| / |reference|: one float8 step in a few activations out of a thousand, one unit of bf16 in a few
 # outputs out of a hundred.
-REFERENCE_ERROR = {"bf16": 4e-3, "fp16": 5e-4, "fp8_block": 5e-3, "nvfp4": 4e-3, "mxfp4": 4e-3}
+REFERENCE_ERROR = {"bf16": 4e-3, "fp16": 5e-4, "fp8_block": 5e-3, "nvfp4": 4e-3, "mxfp4": 4e-3, "mxfp8": 4e-3}
 
 
 def why_not(backend: str) -> str | None:
@@ -318,7 +318,11 @@ def packed_integers(g: torch.Generator, product: str, num_experts: int, n: int, 
     fmt = FORMATS[product]
     exponents = bytes_below(4, num_experts, n, k // fmt.weight_block[1])
     scale = (exponents * 8 + 56 if product == "nvfp4" else exponents + 127).view(fmt.scale_dtype)
-    return moe.pack_weight(bytes_below(256, num_experts, n, k // 2), scale, product)
+    if product == "mxfp8":
+        values = ((bytes_below(25, num_experts, n, k).float() - 12) / 2).to(fmt.dtype)
+    else:
+        values = bytes_below(256, num_experts, n, k // 2)
+    return moe.pack_weight(values, scale, product)
 
 
 @pytest.mark.parametrize("rows", [[1, 0, 3, 130], [0, 8, 70, 17], [300, 300, 300, 300]])
