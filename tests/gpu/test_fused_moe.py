@@ -445,6 +445,24 @@ def test_two_thread_blocks_on_an_sm_give_the_same_bits(product: str, hidden_size
         assert torch.equal(tokens(call, slice(num_tokens))(overload("cutlass_sm90")), everyone[:num_tokens]), num_tokens
 
 
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 2049])
+def test_memory_is_what_workspace_bytes_says(backend: str, format: str, num_tokens: int) -> None:
+    """Not counted there: the output, and scratch memory of a few KiB and a few bytes a slot."""
+    call = layer(format, num_tokens)
+    out = call(overload(backend))  # Triton compiles
+    said = moe.workspace_bytes(num_tokens, **LAYER, format=format, act_format=call.options["act_format"])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    again = call(overload(backend))
+    taken = torch.cuda.max_memory_allocated() - before
+    assert torch.equal(out, again)
+    assert said / 8 < taken < said + again.nbytes + 32 * 1024 + 16 * num_tokens * LAYER["top_k"]
+
+
 # ---- graphs and compile ----------------------------------------------------------------------------------------------
 
 
