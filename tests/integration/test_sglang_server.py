@@ -132,6 +132,7 @@ EP2 = ("--tp", "2", "--ep", "2")
         ("bf16", BF16, ("--tp", "2")),
         ("bf16", BF16, (*EP2, "--ep-num-redundant-experts", "2")),
         ("fp8_block", FP8, EP2),
+        ("bf16", BF16, ("--tp", "2", "--dp", "2", "--enable-dp-attention")),  # batches padded to the longest rank's
     ],
 )
 def test_ranks_share_the_experts(checkpoint, tolerance, ranks, model, answers) -> None:
