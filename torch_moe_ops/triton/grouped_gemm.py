@@ -125,15 +125,15 @@ def _operand(
     PACK: tl.constexpr = _pack(FORMAT)
     if WHOLE:
         x = tl.load(ptrs)
-    else:
-        x = tl.load(ptrs, mask=(tl.arange(0, BLOCK_K // PACK) * PACK < left)[None, :], other=0)
+    else:  # neighbours are compared with one bound, so that Triton keeps loads wide
+        x = tl.load(ptrs, mask=(tl.arange(0, BLOCK_K // PACK) < left // PACK)[None, :], other=0)
     if scaled(FORMAT) == "value":
         BLOCK: tl.constexpr = _values_per_scale(FORMAT)
         BLOCKS: tl.constexpr = BLOCK_K // BLOCK
         if WHOLE:
             scale = tl.load(scale_ptrs)
         else:
-            scale = tl.load(scale_ptrs, mask=(tl.arange(0, BLOCKS) * BLOCK < left)[None, :], other=0)
+            scale = tl.load(scale_ptrs, mask=(tl.arange(0, BLOCKS) < tl.cdiv(left, BLOCK))[None, :], other=0)
         value = tl.join(decode_e2m1(x, False), decode_e2m1(x, True)) if PACK == 2 else _widen(x, FP8)
         value = tl.reshape(value, [ROWS, BLOCKS, BLOCK]) * decode_scale(scale, FORMAT)[:, :, None]
         return tl.reshape(value, [ROWS, BLOCK_K]).to(DOT)
