@@ -73,7 +73,7 @@ class LayerRunner:
         log_once(f"torch_moe_ops: moe::fused_moe.{self.explanation.backend} runs the experts ({experts.extra_repr()})")
 
     def pack(self, layer: torch.nn.Module) -> None:
-        """The layer's 4-bit weights and scales in the kernels' own order, in their place, gate over up."""
+        """The layer's weights and scales in the kernels' own order, in their place, gate over up."""
         layout = self.options.get("w13_layout", "gate_up")
         if layout == "interleaved":
             for name in ("w13_weight", self.stored.names["w13_scale"], "w13_weight_bias"):

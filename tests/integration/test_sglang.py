@@ -92,7 +92,7 @@ def test_quantised_weights_go_with_their_scales(format, method, names, act_forma
     assert torch.equal(run(method, layer, make_config(), dispatched), expected)
 
 
-@pytest.mark.parametrize("format, config", [("mxfp4", {}), ("mxfp4", GPT_OSS), ("nvfp4", {})])
+@pytest.mark.parametrize("format, config", [("mxfp4", {}), ("mxfp4", GPT_OSS), ("nvfp4", {}), ("mxfp8", {})])
 def test_s2_23_weights_are_packed_once_after_loading(monkeypatch, format: str, config: dict) -> None:
     """As on an H200, with the reference in its place: bf16 activations, and gate over up."""
     monkeypatch.setattr("torch_moe_ops.backends.explain", explain_like_sm90)
@@ -100,6 +100,7 @@ def test_s2_23_weights_are_packed_once_after_loading(monkeypatch, format: str, c
     method, names = {
         "mxfp4": (make_method("Mxfp4MoEMethod"), {}),
         "nvfp4": (NVFP4, {"global_scale": "weight_scale_2"}),
+        "mxfp8": (fp8_method(use_mxfp8=True, weight_block_size=[1, 32]), {"scale": "weight_scale_inv"}),
     }[format]
     call = quantise(layer, format, **names)
     layer.w13_input_scale, layer.w2_input_scale = torch.tensor([[0.01, 0.02]]), torch.tensor([0.04])
@@ -114,7 +115,8 @@ def test_s2_23_weights_are_packed_once_after_loading(monkeypatch, format: str, c
     )
     assert torch.equal(run(method, layer, make_config(**config), dispatched), expected)
     assert layer.w13_weight.dim() == layer.w2_weight.dim() == 4
-    assert layer.w13_weight_scale is layer.w13_weight_packed is None  # nothing is kept twice
+    scale = getattr(layer, f"w13_{names.get('scale', 'weight_scale')}")
+    assert scale is layer.w13_weight_packed is None  # nothing is kept twice
 
 
 def explain_like_sm90(**facts: object) -> backends.Explanation:
@@ -181,7 +183,8 @@ def test_compressed_tensors_nvfp4_of_weights_alone_has_16_bit_activations() -> N
     assert torch.equal(run(method, layer, make_config(), dispatched), expected)
 
 
-def test_fp4_experts_of_an_fp8_checkpoint_are_mxfp4() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_fp4_experts_of_an_fp8_checkpoint_are_mxfp4(monkeypatch, packed) -> None:
     """DeepSeek-V4. SGLang loads the values as int8 and their scales, which the checkpoint has as e8m0, as float32."""
     layer, dispatched = make_layer(), make_dispatched()
     call = quantise(layer, "mxfp4", scale="weight_scale_inv")
@@ -193,7 +196,10 @@ def test_fp4_experts_of_an_fp8_checkpoint_are_mxfp4() -> None:
     call |= {"topk_weights": topk_output.topk_weights, "topk_ids": topk_output.topk_ids}
     expected = moe.fused_moe(dispatched.hidden_states, **call, format="mxfp4", act_format="bf16", limit=0.5)
     config = make_config(swiglu_limit=0.5)
+    if packed:
+        monkeypatch.setattr("torch_moe_ops.backends.explain", explain_like_sm90)
     assert torch.equal(run(fp8_method(is_fp4_expert=True), layer, config, dispatched), expected)
+    assert layer.w13_weight.dim() == (4 if packed else 3)
 
 
 def compressed_tensors(scheme: str, **attributes: object) -> tuple[object, nn.Module]:
