@@ -22,6 +22,9 @@ from ._check import (
 from .pack_scale import check_packed
 from .quantize import check_global_scale
 
+# Other than the format of the weights itself.
+EIGHT_BIT_ACTS = {"mxfp4": ["mxfp8", "fp8_block"], "nvfp4": ["fp8_block"]}
+
 
 def check(
     a: Tensor,
@@ -74,16 +77,12 @@ def output_dtype(dtype: torch.dtype, out_dtype: torch.dtype | None) -> torch.dty
 
 
 def check_formats(op: str, format: str, act_format: str) -> tuple[Format, Format]:
-    """The formats of weights and activations: the same one, bf16 or fp16 activations, or mxfp8 with mxfp4 weights."""
+    """The formats of weights and activations: the same one, 16-bit activations, or 8-bit ones with FP4 weights."""
     weights = get_format(op, format)
-    if not act_format or act_format == format:
-        return weights, weights
-    if weights.has_scale and act_format in ("bf16", "fp16"):
-        return weights, FORMATS[act_format]
-    if (format, act_format) == ("mxfp4", "mxfp8"):
-        return weights, FORMATS[act_format]
-    choices = [format] + ["bf16", "fp16"] * weights.has_scale + ["mxfp8"] * (format == "mxfp4")
-    refuse(op, "act_format", f"{' or '.join(choices)} for {format} weights", act_format)
+    choices = [format] + ["bf16", "fp16"] * weights.has_scale + EIGHT_BIT_ACTS.get(format, [])
+    if (act_format or format) not in choices:
+        refuse(op, "act_format", f"{' or '.join(choices)} for {format} weights", act_format)
+    return weights, FORMATS[act_format or format]
 
 
 def expect_weight(

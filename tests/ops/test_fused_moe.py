@@ -78,8 +78,9 @@ def test_weight_only(format: str, act_format: str) -> None:
     compare(make_moe(format, act_format=act_format, num_tokens=9))
 
 
-def test_mxfp8_activations_with_mxfp4_weights() -> None:
-    compare(make_moe("mxfp4", act_format="mxfp8", num_tokens=9))
+@pytest.mark.parametrize("format, act_format", [("mxfp4", "mxfp8"), ("mxfp4", "fp8_block"), ("nvfp4", "fp8_block")])
+def test_8_bit_activations_with_4_bit_weights(format: str, act_format: str) -> None:
+    compare(make_moe(format, act_format=act_format, num_tokens=9))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

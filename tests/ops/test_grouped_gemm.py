@@ -103,8 +103,9 @@ def test_weight_only(format: str, act_format: str) -> None:
     compare(make(format, act_format, out_dtype=torch.float32))
 
 
-def test_mxfp8_activations_with_mxfp4_weights() -> None:
-    compare(make("mxfp4", "mxfp8", out_dtype=torch.float32))
+@pytest.mark.parametrize("format, act_format", [("mxfp4", "mxfp8"), ("mxfp4", "fp8_block"), ("nvfp4", "fp8_block")])
+def test_8_bit_activations_with_4_bit_weights(format: str, act_format: str) -> None:
+    compare(make(format, act_format, out_dtype=torch.float32))
 
 
 def test_padding_is_never_read(format: str) -> None:
