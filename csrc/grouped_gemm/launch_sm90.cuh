@@ -140,14 +140,14 @@ auto with_fused_config(const FusedGemms& fused, int num_sms, F&& f) {
   const GroupedGemmArgs &gemm1 = fused.gemm1, &gemm2 = fused.gemm2;
   const double hit = expected_hit(gemm1);
   auto tiles = [&](int64_t rows, int64_t tile_rows) { return hit * double((rows + tile_rows - 1) / tile_rows); };
+  if constexpr (kPacking != Packing::none) {
+    // Two thread blocks an SM, where each gets a few tiles: with less, the longer tiles end later than one round of them saves.
+    if (tiles(gemm1.n, 256) >= 4.5 * num_sms && gemm1.num_rows <= 12 * int64_t(gemm1.num_experts))
+      return f.template operator()<Config<Element, 32, 2, 2, Mode::gated, kPacking, 2>>();
+  }
   // Half as large tiles are twice as many, which costs more where each is a few K blocks only (DeepSeek-V3 TP8's GEMM2).
   const int enough = (gemm2.k >= 512 ? 3 : 2) * num_sms;
   const bool split = gemm1.num_rows <= 8 * int64_t(gemm1.num_experts) && std::min(tiles(gemm1.n, 256), tiles(gemm2.n, 256)) < enough;
-  if constexpr (kPacking != Packing::none) {
-    // Two thread blocks an SM, where each gets a few tiles: with less, the longer tiles end later than one round of them saves.
-    if (!split && tiles(gemm1.n, 256) >= 4.5 * num_sms && gemm1.num_rows <= 12 * int64_t(gemm1.num_experts))
-      return f.template operator()<Config<Element, 32, 2, 2, Mode::gated, kPacking, 2>>();
-  }
   if (split)
     return tiles(gemm1.n, 128) < num_sms / 2 ? f.template operator()<Config<Element, 32, 1, 1, Mode::split, kPacking>>()
                                              : f.template operator()<Config<Element, 32, 2, 1, Mode::split, kPacking>>();
