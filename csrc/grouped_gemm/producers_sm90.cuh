@@ -227,30 +227,30 @@ __device__ void load_tokens(const KernelParams& p, const Smem<C>& smem, int firs
     loader.tile = wait_tile(smem, slot);
     release_tile(smem, slot);  // copied
     if (loader.tile.size == 0) return;
-    const int k_blocks = p.gemm[loader.tile.gemm].k_stages;
-    if (first < k_blocks) {  // `first` is this warp's first K block of the tile
+    const int k_stages = p.gemm[loader.tile.gemm].k_stages;
+    if (first < k_stages) {  // `first` is this warp's first stage of the tile
       loader.start_tile();
       typename Loader::Scales scales[Loader::kAhead];
       if constexpr (C::kFloat8)
 #pragma unroll
         for (int i = 0; i < Loader::kAhead; ++i)
-          if (first + i * C::kTokenWarps < k_blocks) scales[i] = loader.load_scales(first + i * C::kTokenWarps);
-      while (first < k_blocks) {
+          if (first + i * C::kTokenWarps < k_stages) scales[i] = loader.load_scales(first + i * C::kTokenWarps);
+      while (first < k_stages) {
 #pragma unroll
         for (int i = 0; i < Loader::kAhead; ++i) {
-          if (first >= k_blocks) break;
+          if (first >= k_stages) break;
           smem.empty[pipe.stage].wait(pipe.phase ^ 1);
           loader.fill(pipe.stage, first, scales[i]);
           if constexpr (C::kFloat8) {
             const int ahead = first + Loader::kAhead * C::kTokenWarps;
-            if (ahead < k_blocks) scales[i] = loader.load_scales(ahead);
+            if (ahead < k_stages) scales[i] = loader.load_scales(ahead);
           }
           first += C::kTokenWarps;
           pipe.advance(C::kTokenWarps);
         }
       }
     }
-    first -= k_blocks;
+    first -= k_stages;
   }
 }
 

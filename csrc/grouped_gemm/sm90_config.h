@@ -59,8 +59,8 @@ struct GemmParams {
   const uint8_t* packed_weights;   // instead of `weights`
   ScaleView a_scale, b_scale, b_global_scale;
   int32_t parts, part_rows, out_stride;
-  int32_t k_stages;
-  int32_t packed_k_blocks;         // packed: of 64 k; they fill the stages, or all but the end of the last
+  int32_t k_stages;                // what K fills, of Config::kStageBlocks K blocks each
+  int32_t packed_k_blocks;         // packed: blocks of 64 k
   DType out_dtype, bias_dtype;
 };
 
