@@ -44,21 +44,29 @@ def test_explanations() -> None:
         """\
 fused_moe on cuda (sm90), fp8_block, n 4096 k 7168, n 7168 k 2048
   cutlass_sm90  yes
+  cutlass_sm100 no: needs sm100 or sm103, got sm90
+  cutlass_sm120 no: needs sm120 or sm121, got sm90
   triton        yes, after cutlass_sm90
   reference     no: plain torch; on a GPU it runs only when called by name
 
 fused_moe on cuda (sm80), fp8_block, n 4096 k 7168, n 7168 k 2048
   cutlass_sm90  no: needs sm90, got sm80
+  cutlass_sm100 no: needs sm100 or sm103, got sm80
+  cutlass_sm120 no: needs sm120 or sm121, got sm80
   triton        yes
   reference     no: plain torch; on a GPU it runs only when called by name
 
 fused_moe on cuda (sm90), fp8_block weights, bf16 activations, n 4096 k 7168, n 7168 k 2048
   cutlass_sm90  no: multiplies fp8_block weights by fp8_block activations, got bf16
+  cutlass_sm100 no: needs sm100 or sm103, got sm90
+  cutlass_sm120 no: needs sm120 or sm121, got sm90
   triton        yes
   reference     no: plain torch; on a GPU it runs only when called by name
 
 fused_moe on cuda (sm90), int8, n 4096 k 7168, n 7168 k 2048
   cutlass_sm90  no: multiplies bf16, fp16, fp8_block, nvfp4, mxfp4, mxfp8, got int8
+  cutlass_sm100 no: needs sm100 or sm103, got sm90
+  cutlass_sm120 no: needs sm120 or sm121, got sm90
   triton        yes
   reference     no: plain torch; on a GPU it runs only when called by name
 
@@ -96,11 +104,15 @@ grouped_gemm on cuda (sm90), int8
 
 fused_moe on cuda (sm90), fp8_block, n 400 k 7168, n 7168 k 200
   cutlass_sm90  no: needs intermediate_size to be a multiple of 16, got 200
+  cutlass_sm100 no: needs sm100 or sm103, got sm90
+  cutlass_sm120 no: needs sm120 or sm121, got sm90
   triton        yes
   reference     no: plain torch; on a GPU it runs only when called by name
 
 fused_moe on cuda (sm90), bf16, n 4096 k 7168, n 7168 k 2048
   cutlass_sm90  no: takes at most 1024 experts, got 2000
+  cutlass_sm100 no: needs sm100 or sm103, got sm90
+  cutlass_sm120 no: needs sm120 or sm121, got sm90
   triton        yes
   reference     no: plain torch; on a GPU it runs only when called by name
 
@@ -184,7 +196,7 @@ def test_grouped_gemm_per_gpu(sm: int, format: str, backend: str) -> None:
             {"gemms": (Gemm(256, 80),), "format": "mxfp8", "act_format": "bf16"},
             "multiplies mxfp8 weights by mxfp8 activations, got bf16",
         ),
-        (100, {"out_dtype": torch.float32}, "needs a bfloat16 output, got float32"),
+        (100, {"out_dtype": torch.float16}, "needs a bfloat16 or float32 output, got float16"),
         (100, {"bias_dtype": torch.float16}, "needs a bfloat16 bias, got float16"),
         (
             120,
@@ -222,7 +234,7 @@ def test_no_backend_is_one_line_with_every_reason() -> None:
         select(problem(built=frozenset({"reference"}), format="fp8_block"))
     assert_expected_inline(
         str(caught.value),
-        """fused_moe: backend: expected one that can run this problem, got none (cutlass_sm90: this build has no such CUDA kernel; triton: the triton package is not installed; reference: plain torch; on a GPU it runs only when called by name)""",  # noqa: E501
+        """fused_moe: backend: expected one that can run this problem, got none (cutlass_sm90: this build has no such CUDA kernel; cutlass_sm100: needs sm100 or sm103, got sm90; cutlass_sm120: needs sm120 or sm121, got sm90; triton: the triton package is not installed; reference: plain torch; on a GPU it runs only when called by name)""",  # noqa: E501
     )
 
 

@@ -38,6 +38,7 @@ def check_groups(
     k: int,
     given_atoms: bool = False,
     expert_rows: list[int] | None = None,
+    float32_out: bool = False,
 ) -> None:
     """Each expert's entry, and each scale where CUTLASS's layout finds it; all it may read besides is zero, or a scale
     of a row that the expert has and does not use."""
@@ -46,7 +47,8 @@ def check_groups(
     rows = int(offsets[-1]) + 3  # the last three are no expert's
     a_scale, b_scale = nonzero_bytes(rows, columns), nonzero_bytes(num_experts, n, columns)
     data = (a_scale.numpy().tobytes(), b_scale.numpy().tobytes(), offsets.numpy().tobytes())
-    options = {"given_atoms": given_atoms}
+    options = {"given_atoms": given_atoms, "float32_out": float32_out}
+    out_bytes = 4 if float32_out else 2
     counts = torch.tensor(sizes)
     if expert_rows is not None:
         options["expert_rows"] = torch.tensor(expert_rows, dtype=torch.int32).numpy().tobytes()
@@ -54,7 +56,7 @@ def check_groups(
     read = host.read_block_scaled(format, act_format, *data, rows, n, k, **options)
     a_bytes, b_bytes = row_bytes(act_format, k), row_bytes(format, k)
     expected = [
-        [count, n, k, first * a_bytes, e * n * b_bytes, first * n * 2, e * n * 2, e * n * 4, k, n]
+        [count, n, k, first * a_bytes, e * n * b_bytes, first * n * out_bytes, e * n * 2, e * n * 4, k, n]
         for e, (count, first) in enumerate(zip(counts.tolist(), offsets.tolist(), strict=False))
     ]
     used = torch.cat([torch.arange(first, first + count) for count, first in zip(counts, offsets, strict=False)])
@@ -69,6 +71,10 @@ def check_groups(
 @pytest.mark.parametrize("n, k", [(8, 32), (136, 7168), (384, 96), (256, 544)])
 def test_s4_groups_and_scales(format: str, act_format: str, n: int, k: int) -> None:
     check_groups(format, act_format, [5, 0, 128, 1, 0, 0, 257, 127, 0], n, k)
+
+
+def test_a_float32_output_starts_its_rows_twice_as_far_apart() -> None:
+    check_groups("nvfp4", "nvfp4", [5, 0, 128, 1], 136, 64, float32_out=True)
 
 
 @pytest.mark.parametrize("format, act_format", PAIRS)

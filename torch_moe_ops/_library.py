@@ -2,7 +2,7 @@
 
 For op X the schema comes from ops/X.py, checks and fake from meta_kernels/X.py, the reference from reference/X.py, the
 portable GPU kernel from triton/X.py and the CUDA kernels from the shared library _C.so, which registers them under the
-same names (`moe::X.cuda`) and may be absent.
+same names (`moe::X.cuda`) and may be absent. Where it has a GEMM and no fused layer for a GPU, fused_moe is its stages.
 
     default    checks, then the backend that `backends.select` names
     reference  plain torch, on any device
@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 
@@ -24,12 +24,16 @@ from torch.library import Library, register_fake
 
 from .backends import CANDIDATES, OPS, Problem, built_backends, compute_capability, select
 from .meta_kernels._check import expect_no_grad, refuse, stand_in, static_facts
+from .stages import Stages, fused_moe
 
 LIBRARY = Library("moe", "DEF")
 SHARED_LIBRARY = Path(__file__).with_name("_C.so")
 
 # Scales may come in any strides, and packed ones in particular strides: Inductor must hand them over as they are.
 READS_STRIDED_SCALES = ("grouped_gemm", "fused_moe", "pack_scale", "unpack_scale")
+
+# Families whose fused_moe is the stages, one after another.
+STAGED = ("cutlass_sm100", "cutlass_sm120")
 
 # Sets of static facts that `default` of an op remembers, about 2 KiB each: every number of tokens of a few layers.
 REMEMBERED_CALLS = 4096
@@ -148,6 +152,13 @@ def _register_triton(op: str) -> None:
         _register_python_kernel(op, "triton", kernel, "CPU")
 
 
+def _register_stages(backend: str) -> None:
+    """fused_moe of a backend that has kernels of its own for the GEMMs only."""
+    if torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"moe::grouped_gemm.{backend}", "CUDA"):
+        ops = {op: _overload(op, backend if op == "grouped_gemm" else "cuda") for op in Stages._fields if op in OPS}
+        _register_python_kernel("fused_moe", backend, partial(fused_moe, Stages(**ops, backend=backend)), "CUDA")
+
+
 def _argument_names(op: str) -> list[str]:
     return [argument.name for argument in _overload(op, "default")._schema.arguments]
 
@@ -163,3 +174,5 @@ for _op in OPS:
     _register_triton(_op)
     for _backend in CANDIDATES[_op]:
         _register_backend(_op, _backend)
+for _backend in STAGED:
+    _register_stages(_backend)

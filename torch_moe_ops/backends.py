@@ -30,7 +30,7 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "grouped_gemm": ("cutlass_sm90", "cutlass_sm100", "cutlass_sm120", "cutlass_sm80", "triton", "reference"),
     "act_mul": STAGE,
     "finalize": STAGE,
-    "fused_moe": ("cutlass_sm90", "triton", "reference"),
+    "fused_moe": ("cutlass_sm90", "cutlass_sm100", "cutlass_sm120", "triton", "reference"),
     "pack_scale": STAGE,
     "unpack_scale": STAGE,
 }
@@ -170,11 +170,21 @@ def _cutlass_sm90(p: Problem) -> str | None:
 
 
 def _cutlass_sm100(p: Problem) -> str | None:
-    return _cutlass(p, "cutlass_sm100", (100, 103), "sm100 or sm103") or _needs_whole_bf16(p) or _needs_aligned_rows(p)
+    return _cutlass_blackwell(p, "cutlass_sm100", (100, 103), "sm100 or sm103")
 
 
 def _cutlass_sm120(p: Problem) -> str | None:
-    return _cutlass(p, "cutlass_sm120", (120, 121), "sm120 or sm121") or _needs_whole_bf16(p) or _needs_aligned_rows(p)
+    return _cutlass_blackwell(p, "cutlass_sm120", (120, 121), "sm120 or sm121")
+
+
+def _cutlass_blackwell(p: Problem, backend: str, sms: tuple[int, ...], text: str) -> str | None:
+    """fused_moe is the stages in turn, of which sort_slots has the limit."""
+    return (
+        _cutlass(p, backend, sms, text)
+        or _needs_cutlass_types(p)
+        or _needs_aligned_rows(p)
+        or (_at_most("experts", p.num_experts, 1024) if p.op == "fused_moe" else None)
+    )
 
 
 PREDICATES: dict[str, Callable[[Problem], str | None]] = {
@@ -249,11 +259,12 @@ def _needs_whole_blocks(p: Problem) -> str | None:
     return None
 
 
-def _needs_whole_bf16(p: Problem) -> str | None:
-    """CUTLASS's epilogue works in bfloat16, and its scale blocks cannot start anew in the middle of b."""
-    for name, dtype in (("output", p.out_dtype), ("bias", p.bias_dtype)):
-        if dtype not in (None, torch.bfloat16):
-            return f"needs a bfloat16 {name}, got {dtype}".replace("torch.", "")
+def _needs_cutlass_types(p: Problem) -> str | None:
+    """CUTLASS's epilogues are instantiated for these, and its scale blocks cannot start anew in the middle of b."""
+    bfloat16, float32 = torch.bfloat16, torch.float32
+    for name, dtype, taken in (("output", p.out_dtype, (bfloat16, float32)), ("bias", p.bias_dtype, (bfloat16,))):
+        if dtype not in (None, *taken):
+            return f"needs a {' or '.join(map(str, taken))} {name}, got {dtype}".replace("torch.", "")
     for n, _, parts in p.gemms:
         if p.format == "fp8_block" and parts > 1 and n // parts % 128:
             return f"needs N of each part to be a multiple of 128, got {n // parts}"

@@ -44,7 +44,7 @@ constexpr int kMixedAlignment = 128;
 // What all of them ask of their arguments, as one sentence; nullptr when all holds.
 inline const char* block_scaled_why_not(const BlockScaledArgs& args) {
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  if (args.out_dtype != DType::bfloat16) return "this kernel writes bfloat16";
+  if (args.out_dtype == DType::float16) return "this kernel writes bfloat16 or float32";
   if (args.bias && args.bias_dtype != DType::bfloat16) return "this kernel adds a bfloat16 bias";
   if (args.k % (16 * pack(args.format)) != 0) return "k must be a multiple of 16 bytes";
   if (args.act_format != args.format && args.k % kMixedAlignment != 0) return "k must be a multiple of 128 where formats differ";

@@ -20,17 +20,16 @@ __global__ void write_block_scaled_groups(const __grid_constant__ BlockScaledArg
 }
 
 // out = float32 sum * alpha[e, n] (+ bias[e, n]), one fused multiply-add, rounded once.
-template <class Element, class CtaTile>
+template <class ElementOut, class CtaTile>
 using ScaleAndAddBias = cutlass::epilogue::fusion::Sm90EVT<
-    cutlass::epilogue::fusion::Sm90Compute<cutlass::homogeneous_multiply_add, Element, float,
+    cutlass::epilogue::fusion::Sm90Compute<cutlass::homogeneous_multiply_add, ElementOut, float,
                                            cutlass::FloatRoundStyle::round_to_nearest>,
     cutlass::epilogue::fusion::Sm90RowBroadcast<0, CtaTile, float*, float>, cutlass::epilogue::fusion::Sm90AccFetch,
-    cutlass::epilogue::fusion::Sm90RowBroadcast<0, CtaTile, Element*, float>>;
+    cutlass::epilogue::fusion::Sm90RowBroadcast<0, CtaTile, Bias*, float>>;
 
-template <Format kFormat, class CtaTile>
+template <Format kFormat, class ElementOut, class CtaTile>
 using BlockScaledFusion =
-    cute::conditional_t<BlockScaledGroups<kFormat>::kHasAlpha, ScaleAndAddBias<cutlass::bfloat16_t, CtaTile>,
-                        AddBias<cutlass::bfloat16_t, CtaTile>>;
+    cute::conditional_t<BlockScaledGroups<kFormat>::kHasAlpha, ScaleAndAddBias<ElementOut, CtaTile>, AddBias<ElementOut, CtaTile>>;
 
 template <Format kFormat, class Gemm>
 typename Gemm::Arguments block_scaled_arguments(const BlockScaledArgs& args, const BlockScaledGroups<kFormat>& groups,
@@ -56,7 +55,7 @@ typename Gemm::Arguments block_scaled_arguments(const BlockScaledArgs& args, con
   arguments.mainloop.dA = arguments.mainloop.dB = groups.ab_stride;
   arguments.mainloop.layout_SFA = groups.a_scale_layout;
   arguments.mainloop.layout_SFB = groups.b_scale_layout;
-  const auto bias = args.bias ? reinterpret_cast<const ElementOut* const*>(groups.bias) : nullptr;
+  const auto bias = args.bias ? reinterpret_cast<const Bias* const*>(groups.bias) : nullptr;
   if constexpr (Groups::kHasAlpha) {
     arguments.epilogue.thread = {{groups.alpha}, {}, {bias}, {}};
   } else {
@@ -68,13 +67,16 @@ typename Gemm::Arguments block_scaled_arguments(const BlockScaledArgs& args, con
   return arguments;
 }
 
-template <Format kFormat, class Gemm>
+template <Format kFormat, template <class> class Kernel>
 size_t block_scaled_workspace_bytes(const BlockScaledArgs& args) {
   const BlockScaledGroups<kFormat> groups(nullptr, args);
-  return groups.bytes + Gemm::get_workspace_size(block_scaled_arguments<kFormat, Gemm>(args, groups, kMaxSms));
+  return groups.bytes + with_out_element(args, [&]<class ElementOut>() {
+    using Gemm = typename Kernel<ElementOut>::Gemm;
+    return Gemm::get_workspace_size(block_scaled_arguments<kFormat, Gemm>(args, groups, kMaxSms));
+  });
 }
 
-template <Format kFormat, Format kActFormat, class Gemm>
+template <Format kFormat, Format kActFormat, template <class> class Kernel>
 cudaError_t run_block_scaled(const BlockScaledArgs& args, void* workspace, cudaStream_t stream) {
   if (args.format != kFormat || args.act_format != kActFormat || block_scaled_why_not(args)) return cudaErrorInvalidValue;
   if (args.num_rows == 0 || args.num_experts == 0 || args.n == 0) return cudaSuccess;
@@ -87,37 +89,43 @@ cudaError_t run_block_scaled(const BlockScaledArgs& args, void* workspace, cudaS
   if (auto error = launch(write_block_scaled_groups<kFormat>, grid, kThreads, 0, stream, args, groups)) return error;
   int num_sms = 0;
   if (auto error = count_sms(num_sms)) return error;
-  const auto arguments = block_scaled_arguments<kFormat, Gemm>(args, groups, num_sms);
-  return run_gemm<Gemm>(arguments, static_cast<char*>(workspace) + groups.bytes, stream);
+  return with_out_element(args, [&]<class ElementOut>() {
+    using Gemm = typename Kernel<ElementOut>::Gemm;
+    const auto arguments = block_scaled_arguments<kFormat, Gemm>(args, groups, num_sms);
+    return run_gemm<Gemm>(arguments, static_cast<char*>(workspace) + groups.bytes, stream);
+  });
 }
 
-// The kernel of one format on one family; bfloat16 out, no clusters. `Operand`: CUTLASS's pair of a value and a scale type, of a and b
-// or, where b has an `Operand` of its own, of a in kActFormat.
+// The kernels of one format on one family, for bfloat16 and float32 out, no clusters. `Operand`: CUTLASS's pair of a value and a scale
+// type, of a and b or, where b has an `Operand` of its own, of a in kActFormat.
 template <Format kFormat, class Operand, class Tile, class Arch, class EpilogueSchedule, class MainloopSchedule,
           Format kActFormat = kFormat, class WeightOperand = Operand>
 struct BlockScaledKernel {
-  using ElementOut = cutlass::bfloat16_t;
   using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
   static constexpr int kActAlignment = 16 * pack(kActFormat);  // values in 16 bytes
   static constexpr int kWeightAlignment = kActFormat == kFormat ? kActAlignment : kMixedAlignment;
 
-  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      Arch, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float,
-      void, cutlass::layout::RowMajor*, 8, ElementOut, cutlass::layout::RowMajor*, 8,
-      EpilogueSchedule, BlockScaledFusion<kFormat, Tile>>::CollectiveOp;
+  template <class ElementOut>
+  struct Kernel {
+    using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+        Arch, cutlass::arch::OpClassTensorOp, Tile, Cluster,
+        cutlass::epilogue::collective::EpilogueTileAuto, float, float,
+        void, cutlass::layout::RowMajor*, 8, ElementOut, cutlass::layout::RowMajor*, kOutAlignment<ElementOut>,
+        EpilogueSchedule, BlockScaledFusion<kFormat, ElementOut, Tile>>::CollectiveOp;
 
-  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      Arch, cutlass::arch::OpClassBlockScaledTensorOp,
-      Operand, cutlass::layout::RowMajor*, kActAlignment, WeightOperand, cutlass::layout::ColumnMajor*, kWeightAlignment,
-      float, Tile, Cluster,
-      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
-      MainloopSchedule>::CollectiveOp;
+    using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+        Arch, cutlass::arch::OpClassBlockScaledTensorOp,
+        Operand, cutlass::layout::RowMajor*, kActAlignment, WeightOperand, cutlass::layout::ColumnMajor*, kWeightAlignment,
+        float, Tile, Cluster,
+        cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+        MainloopSchedule>::CollectiveOp;
 
-  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
-      cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<ProblemShape>, Mainloop, Epilogue>>;
+    using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
+        cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<ProblemShape>, Mainloop, Epilogue>>;
+  };
 
-  static constexpr BlockScaledLauncher kLauncher = {block_scaled_workspace_bytes<kFormat, Gemm>, run_block_scaled<kFormat, kActFormat, Gemm>};
+  static constexpr BlockScaledLauncher kLauncher = {block_scaled_workspace_bytes<kFormat, Kernel>,
+                                                    run_block_scaled<kFormat, kActFormat, Kernel>};
 };
 
 }  // namespace

@@ -96,7 +96,7 @@ __host__ __device__ void describe_expert(const BlockScaledArgs& args, const Bloc
   groups.b_scale[expert] = (args.b_scale_atoms == nullptr ? groups.b_atoms : args.b_scale_atoms) + expert * ceil_div(args.n, kAtomRows) * words * kAtomRows;
   groups.bias[expert] = static_cast<const char*>(args.bias) + first_column * 2;
   groups.alpha[expert] = groups.alpha_values + first_column;
-  groups.out[expert] = static_cast<char*>(args.out) + int64_t{begin} * args.n * 2;
+  groups.out[expert] = args.out_row(begin);
   groups.ab_stride[expert] = cute::make_stride(int64_t{args.k}, cute::_1{}, cute::_0{});
   groups.out_stride[expert] = cute::make_stride(int64_t{args.n}, cute::_1{}, cute::_0{});
   const auto shape = cute::make_shape(end - begin, args.n, args.k, 1);

@@ -1,4 +1,4 @@
-// Grouped GEMM through CUTLASS's pointer-array kernels: out[r, n] = sum_k a[r, k] * b[e, n, k] (+ bias[e, n]).
+// Grouped GEMM through CUTLASS's pointer-array kernels: out[r, n] = sum_k a[r, k] * b[e, n, k] (+ bias[e, n]), bfloat16 or float32.
 //
 // CUTLASS wants, in device memory and for each expert, a problem shape, pointers, strides and scale layouts. A small
 // kernel writes them from expert_offsets, so nothing is read on the host:
@@ -70,7 +70,14 @@ __host__ __device__ ScaleLayout<kRows> scale_layout(const ScaleView& view, int r
       make_stride(make_stride(_0{}, int(view.stride_row)), make_stride(_0{}, int(view.stride_k)), 0));
 }
 
-// Fills entry `expert`. Elements of a and b have `ab_bytes` bytes, of out and bias 2.
+// Calls f.operator()<ElementOut>() with the type of out: a kernel each.
+template <class F>
+auto with_out_element(const GroupedGemmArgs& args, F&& f) {
+  if (args.out_dtype == DType::float32) return f.template operator()<float>();
+  return f.template operator()<cutlass::bfloat16_t>();
+}
+
+// Fills entry `expert`. Elements of a and b have `ab_bytes` bytes, of bias 2.
 __host__ __device__ void describe_expert(const GroupedGemmArgs& args, const GroupTable& table, int expert) {
   const int begin = args.expert_offsets[expert], end = args.end_row(expert);
   const auto at = [](const void* data, int64_t byte) { return static_cast<const char*>(data) + byte; };
@@ -79,7 +86,7 @@ __host__ __device__ void describe_expert(const GroupedGemmArgs& args, const Grou
   table.a[expert] = at(args.a, int64_t{begin} * args.k * ab_bytes);
   table.b[expert] = at(args.b, int64_t{expert} * args.n * args.k * ab_bytes);
   table.bias[expert] = at(args.bias, int64_t{expert} * args.n * 2);
-  table.out[expert] = static_cast<char*>(args.out) + int64_t{begin} * args.n * 2;
+  table.out[expert] = args.out_row(begin);
   table.ab_stride[expert] = cute::make_stride(int64_t{args.k}, cute::_1{}, cute::_0{});
   table.out_stride[expert] = cute::make_stride(int64_t{args.n}, cute::_1{}, cute::_0{});
   table.a_scale[expert] = args.a_scale.data + begin * args.a_scale.stride_row;
@@ -95,11 +102,15 @@ __global__ void write_group_table(const __grid_constant__ GroupedGemmArgs args,
   if (expert < args.num_experts) describe_expert(args, table, expert);
 }
 
+using Bias = cutlass::bfloat16_t;
+template <class ElementOut>
+constexpr int kOutAlignment = 16 / sizeof(ElementOut);
+
 // out = float32 sum (+ bias[e], none when the array of pointers is null), rounded once.
-template <class Element, class CtaTile>
+template <class ElementOut, class CtaTile>
 using AddBias = cutlass::epilogue::fusion::Sm90EVT<
-    cutlass::epilogue::fusion::Sm90Compute<cutlass::plus, Element, float, cutlass::FloatRoundStyle::round_to_nearest>,
-    cutlass::epilogue::fusion::Sm90RowBroadcast<0, CtaTile, Element*, float>,
+    cutlass::epilogue::fusion::Sm90Compute<cutlass::plus, ElementOut, float, cutlass::FloatRoundStyle::round_to_nearest>,
+    cutlass::epilogue::fusion::Sm90RowBroadcast<0, CtaTile, Bias*, float>,
     cutlass::epilogue::fusion::Sm90AccFetch>;
 
 template <class Gemm>
@@ -123,7 +134,7 @@ typename Gemm::Arguments cutlass_arguments(const GroupedGemmArgs& args, const Gr
     arguments.mainloop.layout_SFA = table.a_scale_layout;
     arguments.mainloop.layout_SFB = table.b_scale_layout;
   }
-  const auto bias = args.bias ? reinterpret_cast<const ElementOut* const*>(table.bias) : nullptr;
+  const auto bias = args.bias ? reinterpret_cast<const Bias* const*>(table.bias) : nullptr;
   arguments.epilogue.thread = {{bias}, {}, {}};
   arguments.epilogue.ptr_D = reinterpret_cast<ElementOut**>(table.out);
   arguments.epilogue.dD = table.out_stride;
@@ -131,10 +142,14 @@ typename Gemm::Arguments cutlass_arguments(const GroupedGemmArgs& args, const Gr
   return arguments;
 }
 
-template <class Gemm>
+// Kernel<ElementOut>::Gemm is CUTLASS's kernel.
+template <template <class> class Kernel>
 size_t cutlass_workspace_bytes(const GroupedGemmArgs& args) {
   const GroupTable table(nullptr, args.num_experts);
-  return table.bytes + Gemm::get_workspace_size(cutlass_arguments<Gemm>(args, table, kMaxSms));
+  return table.bytes + with_out_element(args, [&]<class ElementOut>() {
+    using Gemm = typename Kernel<ElementOut>::Gemm;
+    return Gemm::get_workspace_size(cutlass_arguments<Gemm>(args, table, kMaxSms));
+  });
 }
 
 // At most kMaxSms.
@@ -155,7 +170,7 @@ cudaError_t run_gemm(const typename Gemm::Arguments& arguments, void* workspace,
   return cudaGetLastError();
 }
 
-template <class Gemm>
+template <template <class> class Kernel>
 cudaError_t run_cutlass(const GroupedGemmArgs& args, void* workspace, cudaStream_t stream) {
   if (args.num_rows == 0 || args.num_experts == 0 || args.n == 0) return cudaSuccess;
   int num_sms = 0;
@@ -164,15 +179,17 @@ cudaError_t run_cutlass(const GroupedGemmArgs& args, void* workspace, cudaStream
   constexpr int kThreads = 128;
   const int blocks = (args.num_experts + kThreads - 1) / kThreads;
   if (auto error = launch(write_group_table, blocks, kThreads, 0, stream, args, table)) return error;
-  return run_gemm<Gemm>(cutlass_arguments<Gemm>(args, table, num_sms),
-                        static_cast<char*>(workspace) + table.bytes, stream);
+  return with_out_element(args, [&]<class ElementOut>() {
+    using Gemm = typename Kernel<ElementOut>::Gemm;
+    return run_gemm<Gemm>(cutlass_arguments<Gemm>(args, table, num_sms), static_cast<char*>(workspace) + table.bytes, stream);
+  });
 }
 
 // What the kernels here ask of their arguments beyond the operand type, as one sentence; nullptr when all holds.
 const char* why_not_cutlass(const GroupedGemmArgs& args) {
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   const bool is_fp8 = args.ab_dtype == DType::float8_e4m3;
-  if (args.out_dtype != DType::bfloat16) return "this kernel writes bfloat16";
+  if (args.out_dtype == DType::float16) return "this kernel writes bfloat16 or float32";
   if (args.bias && args.bias_dtype != DType::bfloat16) return "this kernel adds a bfloat16 bias";
   if (args.k % (is_fp8 ? 16 : 8) != 0) return "k must be a multiple of 16 bytes";
   if (args.n % 8 != 0) return "n must be a multiple of 8";

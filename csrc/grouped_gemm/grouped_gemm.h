@@ -54,6 +54,8 @@ struct GroupedGemmArgs {
     const int32_t begin = expert_offsets[expert], end = expert_offsets[expert + 1];
     return expert_rows == nullptr ? end : begin + rows_in_use(expert_rows[expert], end - begin);
   }
+
+  __host__ __device__ void* out_row(int64_t row) const { return static_cast<char*>(out) + row * n * (out_dtype == DType::float32 ? 4 : 2); }
 };
 
 // One trio per architecture family. `why_not` returns nullptr when the kernel can run these arguments, else one sentence.

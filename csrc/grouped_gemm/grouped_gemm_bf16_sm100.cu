@@ -13,29 +13,32 @@ using Element = cutlass::bfloat16_t;
 using Tile = Shape<_128, _256, _64>;  // two tiles of float32 sums fill the 512 columns of tensor memory
 using Cluster = Shape<_1, _1, _1>;
 
-using Epilogue = cutlass::epilogue::collective::CollectiveBuilder<
-    cutlass::arch::Sm100, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-    cutlass::epilogue::collective::EpilogueTileAuto, float, float,
-    void, cutlass::layout::RowMajor*, 8, Element, cutlass::layout::RowMajor*, 8,
-    cutlass::epilogue::PtrArrayTmaWarpSpecialized1Sm, AddBias<Element, Tile>>::CollectiveOp;
+template <class ElementOut>
+struct Kernel {
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm100, cutlass::arch::OpClassTensorOp, Tile, Cluster,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float,
+      void, cutlass::layout::RowMajor*, 8, ElementOut, cutlass::layout::RowMajor*, kOutAlignment<ElementOut>,
+      cutlass::epilogue::PtrArrayTmaWarpSpecialized1Sm, AddBias<ElementOut, Tile>>::CollectiveOp;
 
-using Mainloop = cutlass::gemm::collective::CollectiveBuilder<
-    cutlass::arch::Sm100, cutlass::arch::OpClassTensorOp,
-    Element, cutlass::layout::RowMajor*, 8, Element, cutlass::layout::ColumnMajor*, 8, float, Tile, Cluster,
-    cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(Epilogue::SharedStorage))>,
-    cutlass::gemm::KernelPtrArrayTmaWarpSpecialized1SmSm100>::CollectiveOp;
+  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm100, cutlass::arch::OpClassTensorOp,
+      Element, cutlass::layout::RowMajor*, 8, Element, cutlass::layout::ColumnMajor*, 8, float, Tile, Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+      cutlass::gemm::KernelPtrArrayTmaWarpSpecialized1SmSm100>::CollectiveOp;
 
-using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
-    cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<ProblemShape>, Mainloop, Epilogue>>;
+  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
+      cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<ProblemShape>, Mainloop, Epilogue>>;
+};
 
 }  // namespace
 
 size_t grouped_gemm_bf16_sm100_workspace_bytes(const GroupedGemmArgs& args) {
-  return cutlass_workspace_bytes<Gemm>(args);
+  return cutlass_workspace_bytes<Kernel>(args);
 }
 
 cudaError_t grouped_gemm_bf16_sm100(const GroupedGemmArgs& args, void* workspace, cudaStream_t stream) {
-  return run_cutlass<Gemm>(args, workspace, stream);
+  return run_cutlass<Kernel>(args, workspace, stream);
 }
 
 }  // namespace moe

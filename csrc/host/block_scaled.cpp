@@ -92,13 +92,14 @@ py::dict read_groups(BlockScaledArgs args, bool given_atoms) {
 
 py::dict read_block_scaled(const std::string& format, const std::string& act_format, const std::string& a_scale, const std::string& b_scale,
                            const std::string& expert_offsets, int rows, int n, int k, const std::string& a_global_scale,
-                           const std::string& b_global_scale, const std::string& expert_rows, bool given_atoms) {
+                           const std::string& b_global_scale, const std::string& expert_rows, bool given_atoms, bool float32_out) {
   const auto a = from_bytes<uint8_t>(a_scale), b = from_bytes<uint8_t>(b_scale);
   const auto offsets = from_bytes<int32_t>(expert_offsets), used = from_bytes<int32_t>(expert_rows);
   const auto a_global = from_bytes<float>(a_global_scale), b_global = from_bytes<float>(b_global_scale);
   std::vector<char> somewhere(1);
   BlockScaledArgs args;
   args.a = args.b = args.bias = args.out = somewhere.data();
+  if (float32_out) args.out_dtype = DType::float32;
   args.expert_offsets = offsets.data();
   if (!used.empty()) args.expert_rows = used.data();
   args.num_experts = static_cast<int32_t>(offsets.size()) - 1;
@@ -132,5 +133,6 @@ py::dict read_block_scaled(const std::string& format, const std::string& act_for
 void bind_block_scaled(py::module_& module) {
   using namespace py::literals;
   module.def("read_block_scaled", &read_block_scaled, "format"_a, "act_format"_a, "a_scale"_a, "b_scale"_a, "expert_offsets"_a, "rows"_a,
-             "n"_a, "k"_a, "a_global_scale"_a = "", "b_global_scale"_a = "", "expert_rows"_a = "", "given_atoms"_a = false);
+             "n"_a, "k"_a, "a_global_scale"_a = "", "b_global_scale"_a = "", "expert_rows"_a = "", "given_atoms"_a = false,
+             "float32_out"_a = false);
 }
