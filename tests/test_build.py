@@ -216,7 +216,7 @@ def test_the_host_module_is_built_where_pybind11_is_installed(tmp_path: Path) ->
 def test_job_count_is_bounded_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MAX_JOBS", raising=False)
     monkeypatch.setattr(setup.os, "sched_getaffinity", lambda pid: set(range(64)))
-    free_pages = {"SC_AVPHYS_PAGES": 20 * 2**18, "SC_PAGE_SIZE": 2**12}  # 20 GiB
+    free_pages = {"SC_AVPHYS_PAGES": 22 * 2**18, "SC_PAGE_SIZE": 2**12}  # 22 GiB
     monkeypatch.setattr(setup.os, "sysconf", free_pages.__getitem__)
     assert setup.Plan().job_count == 3
     monkeypatch.setenv("MAX_JOBS", "5")
