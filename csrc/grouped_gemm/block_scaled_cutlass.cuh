@@ -101,27 +101,21 @@ cudaError_t run_block_scaled(const BlockScaledArgs& args, void* workspace, cudaS
 template <Format kFormat, class Operand, class Tile, class Arch, class EpilogueSchedule, class MainloopSchedule,
           Format kActFormat = kFormat, class WeightOperand = Operand>
 struct BlockScaledKernel {
-  using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
   static constexpr int kActAlignment = 16 * pack(kActFormat);  // values in 16 bytes
   static constexpr int kWeightAlignment = kActFormat == kFormat ? kActAlignment : kMixedAlignment;
 
   template <class ElementOut>
   struct Kernel {
-    using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-        Arch, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-        cutlass::epilogue::collective::EpilogueTileAuto, float, float,
-        void, cutlass::layout::RowMajor*, 8, ElementOut, cutlass::layout::RowMajor*, kOutAlignment<ElementOut>,
-        EpilogueSchedule, BlockScaledFusion<kFormat, ElementOut, Tile>>::CollectiveOp;
+    using Epilogue = GroupedEpilogue<Arch, Tile, EpilogueSchedule, ElementOut, BlockScaledFusion<kFormat, ElementOut, Tile>>;
 
     using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
         Arch, cutlass::arch::OpClassBlockScaledTensorOp,
         Operand, cutlass::layout::RowMajor*, kActAlignment, WeightOperand, cutlass::layout::ColumnMajor*, kWeightAlignment,
         float, Tile, Cluster,
-        cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+        StagesBeside<Epilogue>,
         MainloopSchedule>::CollectiveOp;
 
-    using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
-        cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<ProblemShape>, Mainloop, Epilogue>>;
+    using Gemm = GroupedGemm<Mainloop, Epilogue>;
   };
 
   static constexpr BlockScaledLauncher kLauncher = {block_scaled_workspace_bytes<kFormat, Kernel>,

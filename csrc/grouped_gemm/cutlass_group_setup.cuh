@@ -113,6 +113,21 @@ using AddBias = cutlass::epilogue::fusion::Sm90EVT<
     cutlass::epilogue::fusion::Sm90RowBroadcast<0, CtaTile, Bias*, float>,
     cutlass::epilogue::fusion::Sm90AccFetch>;
 
+// What the kernels of all files have in common: no clusters (SM120 has no multicast), float32 sums, row-major out, experts as groups.
+using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
+
+template <class Arch, class Tile, class Schedule, class ElementOut, class Fusion>
+using GroupedEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+    Arch, cutlass::arch::OpClassTensorOp, Tile, Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float, float,
+    void, cutlass::layout::RowMajor*, 8, ElementOut, cutlass::layout::RowMajor*, kOutAlignment<ElementOut>, Schedule, Fusion>::CollectiveOp;
+
+template <class Epilogue>
+using StagesBeside = cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>;
+
+template <class Mainloop, class Epilogue>
+using GroupedGemm = cutlass::gemm::device::GemmUniversalAdapter<
+    cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<ProblemShape>, Mainloop, Epilogue>>;
+
 template <class Gemm>
 typename Gemm::Arguments cutlass_arguments(const GroupedGemmArgs& args, const GroupTable& table, int num_sms) {
   using Kernel = typename Gemm::GemmKernel;

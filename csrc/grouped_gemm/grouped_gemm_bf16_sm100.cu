@@ -11,24 +11,18 @@ namespace {
 using namespace cute;
 using Element = cutlass::bfloat16_t;
 using Tile = Shape<_128, _256, _64>;  // two tiles of float32 sums fill the 512 columns of tensor memory
-using Cluster = Shape<_1, _1, _1>;
 
 template <class ElementOut>
 struct Kernel {
-  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm100, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float,
-      void, cutlass::layout::RowMajor*, 8, ElementOut, cutlass::layout::RowMajor*, kOutAlignment<ElementOut>,
-      cutlass::epilogue::PtrArrayTmaWarpSpecialized1Sm, AddBias<ElementOut, Tile>>::CollectiveOp;
+  using Epilogue = GroupedEpilogue<cutlass::arch::Sm100, Tile, cutlass::epilogue::PtrArrayTmaWarpSpecialized1Sm, ElementOut, AddBias<ElementOut, Tile>>;
 
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm100, cutlass::arch::OpClassTensorOp,
       Element, cutlass::layout::RowMajor*, 8, Element, cutlass::layout::ColumnMajor*, 8, float, Tile, Cluster,
-      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+      StagesBeside<Epilogue>,
       cutlass::gemm::KernelPtrArrayTmaWarpSpecialized1SmSm100>::CollectiveOp;
 
-  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
-      cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<ProblemShape>, Mainloop, Epilogue>>;
+  using Gemm = GroupedGemm<Mainloop, Epilogue>;
 };
 
 }  // namespace

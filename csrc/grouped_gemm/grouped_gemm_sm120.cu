@@ -13,25 +13,20 @@ namespace {
 using namespace cute;
 using Element = cutlass::float_e4m3_t;
 using Tile = Shape<_128, _128, _128>;  // one scale block of b, one 128-block of k
-using Cluster = Shape<_1, _1, _1>;     // SM120 has no multicast
 
 template <class ElementOut>
 struct Kernel {
-  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm120, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float,
-      void, cutlass::layout::RowMajor*, 8, ElementOut, cutlass::layout::RowMajor*, kOutAlignment<ElementOut>,
-      cutlass::epilogue::collective::EpilogueScheduleAuto, AddBias<ElementOut, Tile>>::CollectiveOp;
+  using Epilogue = GroupedEpilogue<cutlass::arch::Sm120, Tile, cutlass::epilogue::collective::EpilogueScheduleAuto, ElementOut,
+                                   AddBias<ElementOut, Tile>>;
 
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm120, cutlass::arch::OpClassTensorOp,
       Element, cute::tuple<cutlass::layout::RowMajor*, AScaleLayout*>, 16,
       Element, cute::tuple<cutlass::layout::ColumnMajor*, BScaleLayout*>, 16, float, Tile, Cluster,
-      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+      StagesBeside<Epilogue>,
       cutlass::gemm::KernelScheduleSm120Blockwise>::CollectiveOp;
 
-  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
-      cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<ProblemShape>, Mainloop, Epilogue>>;
+  using Gemm = GroupedGemm<Mainloop, Epilogue>;
 };
 
 }  // namespace
