@@ -6,7 +6,7 @@
 namespace moe {
 
 // A thread block ranks its token's slots among all slots, so the work grows with their square.
-constexpr int64_t kSortPermuteMaxSlots = 512;
+constexpr int64_t kSortPermuteMaxSlots = 2304;
 
 // `permute_args.slot_to_row` is `sort_args.slot_to_row`, written here. bf16, fp16 and fp8_block without global scales;
 // sort_args.row_to_slot is not written, sort_args.alignment must be 1.

@@ -118,7 +118,7 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
     p.gemm[0].out_stride = p.gemm[0].part_rows;
   }
   const int64_t tiles1 = token_tiles * ((p.gemm[0].part_rows * 2 + C::kRows - 1) / C::kRows), tiles2 = token_tiles * row_tiles<C>(p.gemm[1]);
-  if (C::kGated && tiles2 < 4 * num_sms) {  // few and long: smaller tiles, in a launch of its own, end together
+  if (C::kGated && tiles2 < 4 * num_sms && f.gemm2.k >= 4096) {  // few and long: smaller tiles, in a launch of its own, end together
     p.num_gemms = 1;
     if (auto e = launch_kernel<C>(p, tiles1, num_sms, stream)) return e;
     return grouped_gemm_sm90_counted(f.gemm2, p.all_ready, stream);
@@ -129,6 +129,9 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
 // num_rows / num_experts is the mean number of tokens per expert (under expert parallelism more than that). Up to 48,
 // hardly any expert has more than 64.
 inline bool few_tokens(const GroupedGemmArgs& args) { return args.num_rows <= 48 * int64_t(args.num_experts); }
+
+// Of packed weights, where hardly any expert has more than 32 tokens, and two thread blocks share an SM.
+inline bool small_experts(const GroupedGemmArgs& args) { return args.num_rows <= 12 * int64_t(args.num_experts); }
 
 // How many experts are hit if every row draws one at random.
 inline double expected_hit(const GroupedGemmArgs& args) { return args.num_experts * (1 - std::exp(-double(args.num_rows) / args.num_experts)); }
@@ -141,13 +144,11 @@ auto with_fused_config(const FusedGemms& fused, int num_sms, F&& f) {
   const double hit = expected_hit(gemm1);
   auto tiles = [&](int64_t rows, int64_t tile_rows) { return hit * double((rows + tile_rows - 1) / tile_rows); };
   if constexpr (kPacking != Packing::none) {
-    // Two thread blocks an SM, where each gets a few tiles: with less, the longer tiles end later than one round of them saves.
-    if (tiles(gemm1.n, 256) >= 4.5 * num_sms && gemm1.num_rows <= 12 * int64_t(gemm1.num_experts))
+    // Two thread blocks an SM, where that does not cost a round of tiles.
+    if (tiles(gemm1.n, 256) >= 3.5 * num_sms && small_experts(gemm1))
       return f.template operator()<Config<Element, 32, 2, 2, Mode::gated, kPacking, 2>>();
   }
-  // Half as large tiles are twice as many, which costs more where each is a few K blocks only (DeepSeek-V3 TP8's GEMM2).
-  const int enough = (gemm2.k >= 512 ? 3 : 2) * num_sms;
-  const bool split = gemm1.num_rows <= 8 * int64_t(gemm1.num_experts) && std::min(tiles(gemm1.n, 256), tiles(gemm2.n, 256)) < enough;
+  const bool split = gemm1.num_rows <= 8 * int64_t(gemm1.num_experts) && std::min(tiles(gemm1.n, 256), tiles(gemm2.n, 256)) < 2 * num_sms;
   if (split)
     return tiles(gemm1.n, 128) < num_sms / 2 ? f.template operator()<Config<Element, 32, 1, 1, Mode::split, kPacking>>()
                                              : f.template operator()<Config<Element, 32, 2, 1, Mode::split, kPacking>>();
@@ -163,6 +164,10 @@ cudaError_t launch_fused_element(const FusedGemms&, int num_sms, cudaStream_t);
 
 template <class Element, Packing kPacking>
 cudaError_t launch_element_impl(int32_t rows, const GroupedGemmArgs& args, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
+  if constexpr (kPacking != Packing::none)
+    if (small_experts(args))
+      return rows == 64 ? launch_plain<Config<Element, 32, 1, 1, Mode::plain, kPacking, 2>>(args, tile_counter, num_sms, stream)
+                        : launch_plain<Config<Element, 32, 2, 1, Mode::plain, kPacking, 2>>(args, tile_counter, num_sms, stream);
   switch (rows) {
     case 64: return launch_plain<Config<Element, 64, 1, 1, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
     case 128: return launch_plain<Config<Element, 128, 2, 1, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);

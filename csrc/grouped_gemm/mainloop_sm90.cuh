@@ -166,7 +166,9 @@ __device__ __forceinline__ void multiply_16bit(const Smem<C>& smem, PipelineStat
 template <class C, int kTokens>
 __device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, int warpgroup,
                                          float (&total)[C::kWaves * kTokens / 2]) {
-  if constexpr (C::kPacked) {
+  if constexpr (C::kPacked && C::kMaxTokens <= 64 && kTokens <= kFewTokens) {  // a larger tile has no registers for both loops
+    multiply_packed_few<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
+  } else if constexpr (C::kPacked) {
     multiply_packed<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
   } else if constexpr (C::kFloat8) {
     multiply_float8<C, kTokens>(smem, pipe, k_stages, warpgroup, total);

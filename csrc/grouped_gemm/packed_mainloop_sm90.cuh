@@ -1,6 +1,9 @@
-// Main loop for packed weights (torch_moe_ops/packed_weights.py): they become wgmma's 64-row operand in registers, so that nothing but
-// 4-bit or 8-bit values and their scales passes through memory and shared memory. Every product value * scale is exact in bfloat16: e2m1
-// has 2 significant bits, e4m3 4 and e8m0 1.
+// Main loops for packed weights (torch_moe_ops/packed_weights.py): they become the 64-row operand in registers, so that nothing but 4-bit or
+// 8-bit values and their scales passes through memory and shared memory. Every product value * scale is exact in bfloat16: e2m1 has 2
+// significant bits, e4m3 4 and e8m0 1.
+//   up to kFewTokens tokens: mma.sync. A warp unpacks and multiplies its 16 rows by itself, in the order that ptxas likes best.
+//   more: wgmma, of four warps in step, and with registers that ptxas must not touch meanwhile; but faster once there is more to multiply.
+// Both add the products of 16 k in the same way, so that a token's sums have the same bits in either.
 #pragma once
 #include "grouped_gemm/kernel_sm90.cuh"
 
@@ -126,6 +129,79 @@ __device__ __forceinline__ void multiply_packed(const Smem<C>& smem, PipelineSta
   cute::warpgroup_wait<0>();
   fence_registers(total);
   release<C>(smem, previous);
+}
+
+constexpr int kFewTokens = 16;
+
+// d[16, 8] += a[16, 16] * b[8, 16]^T, of a warp: a and d as a warp of wgmma has them (mma_sm90.cuh), b one of load_matrices()' pairs.
+__device__ __forceinline__ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four matrices of 8 rows of 16 bytes; lane l has the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address));
+}
+
+template <class C, int kTokens>
+struct FewTokens {
+  static constexpr int kHalves = 2 * C::kStageBlocks, kGroups = kTokens / 8;  // 32 k each, 8 tokens each
+  struct Stage {
+    PackedRegisters<C::kPacking> packed[C::kWaves][kHalves];
+    uint32_t tokens[kGroups][kHalves][4];
+  };
+  const Smem<C>& smem;
+  uint32_t weights, tokens[2];  // addresses in stage 0; of tokens: this lane's, of the two halves of a K block
+
+  __device__ FewTokens(const Smem<C>& smem, int warpgroup) : smem(smem), weights(smem.weights + warpgroup * C::kBlockBytes) {
+    const uint32_t lane = threadIdx.x % 32, row = lane % 8, chunk = lane / 8;
+    for (int half = 0; half < 2; ++half) tokens[half] = smem.tokens + row * kRowBytes + ((chunk + 4 * half) ^ row) * 16;  // 128-byte swizzle
+  }
+
+  // All of a stage, which is free from then on.
+  __device__ __forceinline__ void load(Stage& s, const PipelineState<C::kStages>& pipe) const {
+    smem.full[pipe.stage].wait(pipe.phase);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const uint32_t block = weights + pipe.stage * C::kWeightBytes + half / 2 * C::kBlockWeightBytes;
+      const uint32_t rows = tokens[half % 2] + pipe.stage * C::kTokenBytes + half / 2 * C::kBlockTokenBytes;
+#pragma unroll
+      for (int w = 0; w < C::kWaves; ++w) s.packed[w][half].load(block + w * C::kWarpgroups * C::kBlockBytes, half % 2);
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j) load_matrices(s.tokens[j][half], rows + j * 8 * kRowBytes);
+    }
+    release<C>(smem, pipe.stage);
+  }
+
+  __device__ __forceinline__ void multiply(const Stage& s, float (&total)[C::kWaves * kTokens / 2]) const {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half)
+#pragma unroll
+      for (int w = 0; w < C::kWaves; ++w) {
+        uint32_t a[8];
+        s.packed[w][half].unpack(a);
+#pragma unroll
+        for (int step = 0; step < 2; ++step)
+#pragma unroll
+          for (int j = 0; j < kGroups; ++j) mma_m16n8k16(total + (w * kGroups + j) * 4, a + 4 * step, s.tokens[j][half] + 2 * step);
+      }
+  }
+};
+
+template <class C, int kTokens>
+__device__ __forceinline__ void multiply_packed_few(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, int warpgroup,
+                                                    float (&total)[C::kWaves * kTokens / 2]) {
+  using Loop = FewTokens<C, kTokens>;
+  const Loop loop(smem, warpgroup);
+  clear(total);
+#pragma unroll 1
+  for (int kb = 0; kb < k_stages; ++kb, pipe.advance()) {
+    typename Loop::Stage stage;
+    loop.load(stage, pipe);
+    loop.multiply(stage, total);
+  }
 }
 
 }  // namespace moe::sm90

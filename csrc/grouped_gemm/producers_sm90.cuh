@@ -69,38 +69,40 @@ __device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
   return value;
 }
 
-// Warp 0: draws tiles, tells the other warps, and fills the stages with weights. The next tile is drawn before the current
-// one is loaded, so the counter's latency is hidden. `drawn` is lane 0's first tile. Split: GEMM2's tiles, small and many, are
-// dealt out instead (nobody waits for them), neighbours to one thread block: finding a tile is more work than loading it.
+// Warp 0: draws tiles, tells the other warps, and fills the stages with weights. What comes next is drawn before the current tile is
+// loaded, so the counter's latency is hidden. `drawn` is lane 0's first tile. Split: GEMM2's tiles are taken several neighbours at a
+// time, because finding a tile is more work than loading a short one. They are drawn, too, if thread blocks differ in how much of GEMM1
+// they had; where that cannot be, or tiles are few, every thread block gets as many.
 template <class C>
 __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t drawn) {
   TileFinder<C> finder(p, smem);
   PipelineState<C::kStages> pipe;
   PipelineState<kTileSlots> slot;
   const bool leader = (threadIdx.x & 31) == 0;
-  const int32_t gemm1_tiles = finder.end;
-  int32_t dealt = -1, dealt_end = 0;
+  const int32_t gemm1_tiles = finder.end, grid = gridDim.x;
+  int32_t index = 0, last = 0;
   Tile tile;
   while (true) {
-    if (int32_t index = __shfl_sync(~0u, drawn, 0); !C::kSplit || index < gemm1_tiles) {
+    if (++index < last) {
+      if (!finder.advance_rows(tile)) tile = finder.find(index);
+    } else {
+      index = __shfl_sync(~0u, drawn, 0);
+      if (C::kSplit && index >= gemm1_tiles) {
+        const bool first = finder.gemm == 0;
+        if (first) finder.start_next();
+        const int32_t tiles = finder.end - finder.begin;
+        const bool dealt = gemm1_tiles <= grid || tiles < 8 * grid;
+        const int32_t draws = dealt ? grid : 8 * grid, draw = !dealt ? index - gemm1_tiles : first ? blockIdx.x : draws;
+        auto first_tile = [&](int32_t i) { return i < draws ? finder.begin + int32_t(int64_t(tiles) * i / draws) : finder.end; };
+        index = first_tile(draw);
+        last = first_tile(draw + 1);
+        if (index == last) index = finder.end;  // fewer tiles than thread blocks
+      }
       tile = finder.find(index);
       if (leader && tile.size != 0) {
         drawn = atomicAdd(p.tile_counter, 1);
         tile.act_ready = C::kGated && tile.gemm == 1 && load_acquire(p.ready + tile.token_tile) >= p.ready_count;
       }
-    } else {
-      if (dealt < 0) {
-        finder.start_next();
-        const int64_t tiles = finder.end - finder.begin;
-        dealt = int32_t(tiles * blockIdx.x / gridDim.x);
-        dealt_end = int32_t(tiles * (blockIdx.x + 1) / gridDim.x);
-        tile = finder.find(dealt < dealt_end ? finder.begin + dealt : finder.end);
-      } else if (dealt >= dealt_end) {
-        tile.size = 0;
-      } else if (!finder.advance_rows(tile)) {
-        tile = finder.find(finder.begin + dealt);
-      }
-      ++dealt;
     }
     smem.tile_empty[slot.stage].wait(slot.phase ^ 1);
     if (leader) {
