@@ -7,13 +7,16 @@
 
 MODEL is a directory made by sglang_models.py. One with a configuration alone is given random weights, the same for
 every backend (--load-format dummy with the plugin in sglang_dummy/). CUDA graphs are on, unless --flags turns them off.
-The servers run one after another; each has --start seconds to come up, and a backend whose server does not is reported
-and left out. Output: one JSON object per line, the first describes the run, appended to the file as they come.
+The servers run one after another (or all --together); each has --start seconds to come up, and a backend whose server
+does not is reported and left out. Output: one JSON object per line, the first describes the run, appended to the file
+as they come.
 
 speed   For every batch size, that many random prompts in one request, as often as --repeat says; medians of
           ttft_s                  seconds for the same prompts with one output token
           output_tokens_per_s     all output tokens / seconds of the request
           decode_tokens_per_s     the tokens after the first / the seconds after ttft_s
+        --together: all servers wait on the same GPU, and every batch size is measured on one after the other, so that
+        nothing that changes in between can favour a backend. --flags="--max-total-tokens N" lets their caches fit.
 check   Against the first backend: greedy tokens (a difference counts if it is no near tie), the first token's log-
         probability; then for every backend: many concurrent requests of mixed lengths, a prompt alone and in a batch of
         64, garbage requests, and the end of the server when its scheduler is killed.
@@ -31,8 +34,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
@@ -78,6 +82,7 @@ class Run:
             machine=machine(),
             backends=args.backends,
             flags=self.flags("BACKEND"),
+            together=args.together,
             random_weights=self.is_dummy(),
         )
 
@@ -93,21 +98,47 @@ class Run:
 
     def each_server(self, work: Callable[[str, Server], None]) -> None:
         """work(backend, server) with every backend's server; a backend that fails is reported and left out."""
-        args = self.args
-        for backend in args.backends:
-            log = args.logs / f"{args.model.name}-{backend}.log"
-            began = time.monotonic()
-            path = os.pathsep.join([*args.path, *[str(DUMMY)] * self.is_dummy(), os.environ.get("PYTHONPATH", "")])
-            env = dict(os.environ, PYTHONPATH=path)
-            options = {"start": args.start, "life": args.life, "patience": args.patience}
-            try:
-                with Server(args.python, args.model, log, self.flags(backend), env, **options) as server:
-                    runs = server.info()["moe_runner_backend"]
-                    self.write(what="start", backend=backend, seconds=time.monotonic() - began, moe_runner_backend=runs)
+        for backend in self.args.backends:
+            with self.reported(backend):
+                began = time.monotonic()
+                with self.launch(backend) as server:
+                    self.started(backend, server, began)
                     work(backend, server)
-            except (RuntimeError, OSError, HTTPException, subprocess.TimeoutExpired) as error:
-                self.failed = True
-                self.write(what="failed", backend=backend, why=f"{type(error).__name__}: {str(error)[-1500:]}")
+
+    @contextmanager
+    def all_servers(self) -> Iterator[dict[str, Server]]:
+        """The servers of all backends at once; one that fails to start is reported and left out."""
+        began, servers = time.monotonic(), {}
+        launched = {backend: self.launch(backend) for backend in self.args.backends}
+        with ExitStack() as stack:
+            for server in launched.values():
+                stack.callback(server.stop)
+            for backend, server in launched.items():
+                with self.reported(backend):
+                    stack.enter_context(server)
+                    self.started(backend, server, began)
+                    servers[backend] = server
+            yield servers
+
+    def launch(self, backend: str) -> Server:
+        args = self.args
+        log = args.logs / f"{args.model.name}-{backend}.log"
+        path = os.pathsep.join([*args.path, *[str(DUMMY)] * self.is_dummy(), os.environ.get("PYTHONPATH", "")])
+        env = dict(os.environ, PYTHONPATH=path)
+        options = {"start": args.start, "life": args.life, "patience": args.patience}
+        return Server(args.python, args.model, log, self.flags(backend), env, **options)
+
+    def started(self, backend: str, server: Server, began: float) -> None:
+        runs = server.info()["moe_runner_backend"]
+        self.write(what="start", backend=backend, seconds=time.monotonic() - began, moe_runner_backend=runs)
+
+    @contextmanager
+    def reported(self, backend: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, OSError, HTTPException, subprocess.TimeoutExpired) as error:
+            self.failed = True
+            self.write(what="failed", backend=backend, why=f"{type(error).__name__}: {str(error)[-1500:]}")
 
 
 def machine() -> dict[str, str]:
@@ -163,13 +194,20 @@ def measure(server: Server, batch: int, args: argparse.Namespace) -> dict[str, o
 def speed(run: Run) -> None:
     args, table = run.args, {}
 
-    def work(backend: str, server: Server) -> None:
-        for batch in args.batches:
+    def work(backend: str, server: Server, batches: Sequence[int] = args.batches) -> None:
+        for batch in batches:
             point = measure(server, batch, args)
             table[batch, backend] = point
             run.write(what="serving", backend=backend, batch=batch, input=args.input, output=args.output, **point)
 
-    run.each_server(work)
+    if args.together:
+        with run.all_servers() as servers:
+            for batch in args.batches:
+                for backend, server in servers.items():
+                    with run.reported(backend):
+                        work(backend, server, [batch])
+    else:
+        run.each_server(work)
     for what in ("output_tokens_per_s", "decode_tokens_per_s", "ttft_s"):
         print(f"\n{what}\nbatch " + "".join(f"{backend:>14}" for backend in args.backends))
         for batch in args.batches:
@@ -275,6 +313,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=int, help="tokens of an answer (default: speed 64, check 16)")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1, help="repeats that are not counted")
+    parser.add_argument("--together", action="store_true", help="all servers at once (speed)")
     parser.add_argument("--prompts", type=int, default=24, help="compared prompts (check)")
     parser.add_argument("--tie", type=float, default=TIE, help="margin below which a difference is a near tie (check)")
     parser.add_argument("--running", type=int, default=256, help="--max-running-requests and the largest decode graph")
