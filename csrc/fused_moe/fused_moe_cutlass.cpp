@@ -99,7 +99,7 @@ void run_permute(const Layer& layer, const Intermediates& m, const Tensor& hidde
   args.num_rows = layer.num_rows;
   args.format = layer.format;
   args.out = m.permuted;
-  if (layer.num_rows > 0 && layer.num_rows <= kSortPermuteMaxSlots) return check_cuda(kOp, sort_permute(sort, args, layer.stream));
+  if (sort_permute_pays(layer.num_tokens, layer.num_rows)) return check_cuda(kOp, sort_permute(sort, args, layer.stream));
   check_cuda(kOp, sort_slots(sort, m.sort_workspace, layer.stream));
   check_cuda(kOp, permute(args, layer.stream));
 }
@@ -214,7 +214,7 @@ Tensor fused_moe_sm90(const Tensor& hidden_states, const Tensor& w13, const Tens
   fused.gemm1.num_rows = fused.gemm2.num_rows = layer.num_rows;
   fused.activation = layer.activation;
   fused.gate_part = layer.layout == GateUpLayout::up_gate ? 1 : 0;
-  if (layer.num_rows <= kSortPermuteMaxSlots) fused.topk_ids = pointer<const int32_t>(topk_ids);
+  if (sort_permute_pays(layer.num_tokens, layer.num_rows)) fused.topk_ids = pointer<const int32_t>(topk_ids);
   fused.expert_map = pointer<const int32_t>(expert_map);
   fused.num_slots = layer.num_rows;
   fused.num_global_experts = expert_map ? static_cast<int32_t>(expert_map->size(0)) : 0;

@@ -5,8 +5,11 @@
 
 namespace moe {
 
-// A thread block ranks its token's slots among all slots, so the work grows with their square.
+// Every thread block reads all slots and ranks those of its token: as much work as measured to pay (256 tokens, top 9), and no more.
 constexpr int64_t kSortPermuteMaxSlots = 2304;
+constexpr bool sort_permute_pays(int64_t num_tokens, int64_t num_slots) {
+  return num_slots > 0 && num_slots <= kSortPermuteMaxSlots && num_tokens * num_slots <= 256 * kSortPermuteMaxSlots;
+}
 
 // `permute_args.slot_to_row` is `sort_args.slot_to_row`, written here. bf16, fp16 and fp8_block without global scales;
 // sort_args.row_to_slot is not written, sort_args.alignment must be 1.
