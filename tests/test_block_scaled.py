@@ -253,7 +253,7 @@ def test_s4_6_scale_buffers_follow_k_over_16() -> None:
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "mxfp8"])
-def test_s2_10_packed_weight_scales_are_the_same_numbers(format: str) -> None:
+def test_s2_10_s2_11_packed_weight_scales_are_the_same_numbers(format: str) -> None:
     call = make_moe(format, num_tokens=7)
     packed = {name: moe.pack_scale(call.options[name], "atom") for name in ("w13_scale", "w2_scale")}
     assert torch.equal(call(moe.fused_moe, **packed), call(moe.fused_moe))

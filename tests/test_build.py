@@ -272,7 +272,7 @@ def has_instruction(cuobjdump: str, library: Path, arch: str, pattern: str) -> b
 
 
 @pytest.mark.parametrize("family, pattern", [(family, p) for family, each in TENSOR_CORE.items() for p in each])
-def test_each_family_has_its_tensor_core_instructions(family: str, pattern: str) -> None:
+def test_s2_20_each_family_has_its_tensor_core_instructions(family: str, pattern: str) -> None:
     arches = [arch for arch in build_info()["cuda_arches"] if setup.family(arch) == family]
     if not arches:
         pytest.skip(f"this build has no {family} kernels")

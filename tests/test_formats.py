@@ -119,7 +119,7 @@ def check_against_reference(name: str, x: torch.Tensor, block: tuple[int, int], 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_e2m1_table_ties_and_specials(device):
+def test_s2_16_e2m1_table_ties_and_specials(device):
     midpoints = [(a + b) / 2 for a, b in zip(E2M1, E2M1[1:], strict=False)]
     points = torch.tensor(E2M1 + midpoints + [7.0, 1e30, 1e-45, math.inf])
     above, below = (torch.nextafter(points, torch.tensor(end)) for end in (math.inf, -math.inf))

@@ -31,7 +31,7 @@ def test_against_a_loop(dtype: torch.dtype, weighted: bool) -> None:
     assert not got[4].any()
 
 
-def test_the_order_of_k() -> None:
+def test_s2_15_the_order_of_k() -> None:
     """In float32 1e8 + 1 - 1e8 is 0, 1e8 - 1e8 + 1 is 1."""
     expert_out = torch.tensor([[1e8], [1.0], [-1e8]])
     rows = torch.tensor([[0, 1, 2], [0, 2, 1]]).int()

@@ -59,7 +59,7 @@ def test_s2_6_against_the_definition(layout: str, rows: int, columns: int) -> No
     assert torch.equal(storage[written], expected[written])
 
 
-def test_s2_7_shapes_and_strides() -> None:
+def test_s2_7_s2_8_shapes_and_strides() -> None:
     """S2-7/8: round_up(rows, 128) x round_up(columns, 4) bytes, and no more. S4-1: MN-major on 16 bytes."""
     scale = torch.zeros(3, 130, 449).to(torch.float8_e4m3fn)
     shapes = {layout: moe.pack_scale(scale, layout) for layout in ("words", "words_mn", "atom")}
