@@ -188,11 +188,10 @@ resolve = getattr(utils, "resolve_moe_runner_backend", utils.MoeRunnerBackend)
 assert resolve("torch_moe").value == "torch_moe" and not resolve("torch_moe").is_auto()
 """
 
-# On a GPU SGLang replaces its bf16 experts by plain torch where it compiles a model for one token.
-SWITCHED = """
+# A layer with SGLang's own quantisation method, taken over by the adapter, and what torch.compile makes of it.
+LAYER = """
 import torch
 from types import SimpleNamespace
-from sglang.srt.layers.moe.fused_moe_native import fused_moe_forward_native
 from sglang.srt.layers.moe.moe_runner.base import MoeRunnerConfig
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput, StandardDispatchOutput
 from sglang.srt.layers.moe.topk import StandardTopKOutput
@@ -205,24 +204,47 @@ layer.w13_weight, layer.w2_weight = torch.randn(4, 128, 64).bfloat16(), torch.ra
 layer.should_fuse_routed_scaling_factor_in_topk = False
 config = MoeRunnerConfig(num_experts=4, top_k=2, params_dtype=torch.bfloat16)
 LayerRunner(method, layer, config, SimpleNamespace(value="torch_moe"), StandardCombineInput).take_over(method)
-method.enter_torch_compile(num_tokens=1)
-assert method._forward_method is fused_moe_forward_native
 
 x, weights, ids = torch.randn(1, 64).bfloat16(), torch.rand(1, 2), torch.tensor([[3, 1]], dtype=torch.int32)
-nodes = []
+logits, nodes = torch.zeros(1, 4), []
 
-def forward(x, weights, ids):
-    routed = StandardDispatchOutput(x, None, StandardTopKOutput(weights, ids, torch.zeros(1, 4)))
-    return method.apply(layer=layer, dispatch_output=routed).hidden_states
+def routed(x, topk_output):
+    return method.apply(layer=layer, dispatch_output=StandardDispatchOutput(x, None, topk_output)).hidden_states
 
 def backend(graph, inputs):
-    nodes.extend(node.target for node in graph.graph.nodes)
+    nodes.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
     return graph
 
-with torch.no_grad():
-    output = torch.compile(forward, fullgraph=True, backend=backend)(x, weights, ids)
-assert torch.equal(output, fused_moe(x, layer.w13_weight, layer.w2_weight, weights, ids))
-assert torch.ops.moe.fused_moe.default in nodes, nodes
+def check(forward, op):
+    with torch.no_grad():
+        output = torch.compile(forward, fullgraph=True, backend=backend)(x, weights, ids)
+    assert torch.equal(output, fused_moe(x, layer.w13_weight, layer.w2_weight, weights, ids))
+    assert op in nodes, nodes
+"""
+
+# On a GPU SGLang replaces its bf16 experts by plain torch where it compiles a model for one token.
+SWITCHED = f"""{LAYER}
+from sglang.srt.layers.moe.fused_moe_native import fused_moe_forward_native
+method.enter_torch_compile(num_tokens=1)
+assert method._forward_method is fused_moe_forward_native
+check(lambda x, weights, ids: routed(x, StandardTopKOutput(weights, ids, logits)), torch.ops.moe.fused_moe.default)
+"""
+
+# In piecewise prefill graphs SGLang calls the whole layer as one op of its own, which it registers for GPUs alone.
+PIECEWISE = f"""
+import torch
+implement = torch.library.Library.impl
+def on_cpus_too(library, name, function, key="", **options):
+    for key in {{key, "CPU"}} if library.ns == "sglang" and key == "CUDA" else {{key}}:
+        implement(library, name, function, key, **options)
+torch.library.Library.impl = on_cpus_too
+{LAYER}
+from sglang.srt.layers.moe.fused_moe_triton.layer import moe_forward_piecewise_cuda_graph_impl as whole_layer
+from sglang.srt.model_executor.runner_backend_utils import tc_piecewise_cuda_graph as piecewise
+with piecewise.set_tc_piecewise_forward_context(None, [], None, [SimpleNamespace(forward_impl=routed)], []):
+    check(lambda x, weights, ids: whole_layer(x, weights, ids, logits, 0),
+          torch.ops.sglang.moe_forward_piecewise_cuda_graph_impl)
+assert torch.ops.moe.fused_moe.default not in nodes
 """
 
 
@@ -241,7 +263,11 @@ for model, draft in (("torch_moe", "triton"), ("triton", "torch_moe")):
 """
 
 
-@pytest.mark.parametrize("script", [REGISTERED, SWITCHED, DRAFTED], ids=["hooks", "torch.compile", "draft model"])
+@pytest.mark.parametrize(
+    "script",
+    [REGISTERED, SWITCHED, PIECEWISE, DRAFTED],
+    ids=["hooks", "torch.compile", "piecewise graphs", "draft model"],
+)
 def test_the_adapter_in_its_place(script, python) -> None:
     subprocess.run([python, "-c", script], check=True, timeout=240, env=environment())
 
