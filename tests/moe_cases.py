@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional as F
 
 from torch_moe_ops.activations import get_activation
@@ -104,9 +104,9 @@ def activate(gate_up: Tensor, activation: str, layout: str, alpha: float, beta: 
 
 
 def opcheck(op: torch._ops.OpOverload, call: Call) -> None:
-    """torch.library.opcheck, plus: no input changes, no output shares memory with an input."""
+    """PyTorch's opcheck, plus: no input changes, no output shares memory with an input."""
     incomparable = any(tensor.dtype in WITHOUT_COMPARISON for tensor in call.tensors())
-    torch.library.opcheck(op, call.args, call.options, test_utils=OPCHECKS[incomparable:])
+    library.opcheck(op, call.args, call.options, test_utils=OPCHECKS[incomparable:])
     before = [_bytes(tensor).clone() for tensor in call.tensors()]
     outputs = call(op)
     for tensor, old in zip(call.tensors(), before, strict=True):

@@ -1,4 +1,4 @@
-"""torch.library.opcheck on every overload that runs here, in every format: fakes give exact sizes and strides."""
+"""PyTorch's opcheck on every overload that runs here, in every format: fakes give exact sizes and strides."""
 
 from __future__ import annotations
 

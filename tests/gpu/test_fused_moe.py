@@ -26,8 +26,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 BACKENDS = ("cutlass_sm90", "triton")
 GPU_FORMATS = ("bf16", "fp16", "fp8_block")
 PACKED = ("nvfp4", "mxfp4", "mxfp8")  # multiplied by bf16 activations, by cutlass_sm90 alone
-# cutlass_sm90 takes split tiles of 64 rows at 1 token, of 128 up to 64 tokens; then gated tiles, with GEMM2 in a launch
-# of its own at 300 tokens and in the same one at 2049.
+# cutlass_sm90 takes split tiles of 64 rows at 1 token, of 128 up to 64 tokens; then gated tiles.
 LAYER = {"hidden_size": 1024, "intermediate_size": 512, "num_experts": 64, "top_k": 8}
 # |got - dense| / |dense|. Three roundings of about the same size: gate_up's inputs or expert_out, act, output. The root
 # mean square of one is 0.0017 (bf16), 0.0002 (fp16), 0.027 (fp8_block, activations); weights are not counted.
@@ -421,7 +420,7 @@ def test_a_token_depends_on_itself_alone(backend: str, format: str) -> None:
     assert torch.equal(call.but(x)(overload(backend))[others], full[others])
 
 
-# 2048 columns: GEMM2 has tiles enough to share a launch with gated tiles of up to 64 tokens, too.
+# Split tiles of 64 and of 128 rows up to 64 tokens, then gated ones of up to 64 tokens, from 385 on of up to 128.
 @pytest.mark.parametrize("num_tokens", [1, 2, 8, 64, 65, 300, 384, 385])
 def test_every_tile_configuration_gives_the_same_bits(format: str, num_tokens: int) -> None:
     if reason := why_not("cutlass_sm90"):
@@ -432,7 +431,7 @@ def test_every_tile_configuration_gives_the_same_bits(format: str, num_tokens: i
     assert torch.equal(tokens(call, slice(num_tokens))(overload("cutlass_sm90")), everyone[:num_tokens])
 
 
-@pytest.mark.parametrize("hidden_size", [1024, 2048])  # split tiles up to 64 tokens; gated ones
+@pytest.mark.parametrize("hidden_size", [1024, 2048])
 @pytest.mark.parametrize("product", PACKED)
 def test_two_thread_blocks_on_an_sm_give_the_same_bits(product: str, hidden_size: int) -> None:
     """Many tiles of few tokens: packed weights have configurations of their own for them."""
@@ -441,6 +440,19 @@ def test_two_thread_blocks_on_an_sm_give_the_same_bits(product: str, hidden_size
     call = layer(product, 2049, hidden_size=hidden_size, intermediate_size=3072)
     everyone = call(overload("cutlass_sm90"))
     for num_tokens in (2, 8, 64, 90):
+        poison_free_memory()
+        assert torch.equal(tokens(call, slice(num_tokens))(overload("cutlass_sm90")), everyone[:num_tokens]), num_tokens
+
+
+# A K of 4096: GEMM2 has a launch of its own up to 300 tokens. Of packed weights two thread blocks share an SM at 40
+# tokens, with tiles of 64 rows (1024 columns) or 128 (2304). At 4097 tokens 2304 columns are tiles for one launch.
+@pytest.mark.parametrize("hidden_size", [1024, 2304])
+def test_gemm2_in_a_launch_of_its_own_gives_the_same_bits(format: str, hidden_size: int) -> None:
+    if reason := why_not("cutlass_sm90"):
+        pytest.skip(f"cutlass_sm90: {reason}")
+    call = layer(format, 4097, hidden_size=hidden_size, intermediate_size=4096, num_experts=8, top_k=2)
+    everyone = call(overload("cutlass_sm90"))
+    for num_tokens in (40, 300):
         poison_free_memory()
         assert torch.equal(tokens(call, slice(num_tokens))(overload("cutlass_sm90")), everyone[:num_tokens]), num_tokens
 

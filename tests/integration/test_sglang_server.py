@@ -232,12 +232,12 @@ check(lambda x, weights, ids: routed(x, StandardTopKOutput(weights, ids, logits)
 
 # In piecewise prefill graphs SGLang calls the whole layer as one op of its own, which it registers for GPUs alone.
 PIECEWISE = f"""
-import torch
-implement = torch.library.Library.impl
+from torch.library import Library
+implement = Library.impl
 def on_cpus_too(library, name, function, key="", **options):
     for key in {{key, "CPU"}} if library.ns == "sglang" and key == "CUDA" else {{key}}:
         implement(library, name, function, key, **options)
-torch.library.Library.impl = on_cpus_too
+Library.impl = on_cpus_too
 {LAYER}
 from sglang.srt.layers.moe.fused_moe_triton.layer import moe_forward_piecewise_cuda_graph_impl as whole_layer
 from sglang.srt.model_executor.runner_backend_utils import tc_piecewise_cuda_graph as piecewise
