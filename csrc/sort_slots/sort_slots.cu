@@ -1,11 +1,11 @@
 // expert_offsets[e + 1] = expert_offsets[e] + round_up(slots of expert e, alignment);
 // slot_to_row[s] = expert_offsets[e] + number of slots before s with the same expert e; row_to_slot is its inverse.
 //
-// A stable counting sort. Each thread block owns a tile of consecutive slots, each of its warps a run of that tile. A
-// warp counts 32 slots at a time: `match_any` finds the lanes with the same expert, so ranks come out in slot order and
-// no atomic is needed. Up to kSingleTile slots are one tile: one launch. Otherwise `count_kernel` writes each tile's
-// counts and `scatter_kernel` starts every tile at the sum of the tiles before it: two launches, deterministic, no host
-// sync.
+// A stable counting sort. A thread block of `scatter_kernel` has a tile of consecutive slots and ranks 512 of them at a time: in a warp by
+// ballots, then over its warps. Where a tile's rows start follows from counts: those of each group of 8 tiles are made by `count_kernel`,
+// those of the tiles before it in its group by the thread block itself. It waits only for the former, and only when its slots are ranked:
+// with programmatic dependent launch the two kernels work side by side. Few slots are a single group, which takes one launch: every thread
+// block counts all slots. Counts are sums of integers, ranks need no atomics: deterministic. No host sync.
 #include <torch/csrc/stable/library.h>
 
 #include "common/dtypes.h"
@@ -20,81 +20,104 @@ namespace {
 constexpr int kLanes = 32;
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kLanes;
-static_assert(2 * kThreads >= kSortSlotsMaxExperts, "a thread scans two experts");
+static_assert(2 * kThreads >= kSortSlotsMaxExperts, "a thread has two experts");
+constexpr int kExpertBits = 10;
+static_assert(1 << kExpertBits >= kSortSlotsMaxExperts, "experts differ in these bits");
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-constexpr int64_t kSingleTile = 8192;  // a second launch costs about as much as a tile of this size
-constexpr int64_t kMinTile = 2048;
-constexpr int64_t kTiles = 128;        // about one a SM; every block sums the counts of all tiles
-constexpr int64_t kMaxTile = 1 << 15;  // counts within a tile are 16 bits
+constexpr int kMaxTiles = 128;                       // about one a SM
+constexpr int kGroupTiles = 8;                       // more is more to count, fewer is more to add up
+constexpr int kMaxGroups = kMaxTiles / kGroupTiles;  // every thread block adds up the counts of all groups
 
 struct Tiles {
-  int64_t size, count;
+  int size, count, groups;
 };
 
+// Up to kMaxTiles tiles, as small as they can be. The last tile and the last group may be cut short.
 Tiles tiles_of(int64_t num_slots) {
-  if (num_slots <= kSingleTile) return {kSingleTile, 1};
-  const int64_t size = std::clamp(round_up(ceil_div(num_slots, kTiles), kThreads), kMinTile, kMaxTile);
-  return {size, ceil_div(num_slots, size)};
+  const int64_t size = std::max<int64_t>(kThreads, round_up(ceil_div(num_slots, kMaxTiles), kThreads));
+  const int64_t count = std::max<int64_t>(1, ceil_div(num_slots, size));
+  return {static_cast<int>(size), static_cast<int>(count), static_cast<int>(ceil_div(count, kGroupTiles))};
 }
 
-// Two experts share a 32-bit word of counts.
+// Experts come in pairs (2i, 2i + 1), the share of thread i.
 __host__ __device__ constexpr int padded_experts(int num_experts) { return (num_experts + 1) / 2 * 2; }
 
-size_t shared_bytes(int num_experts) {
-  return padded_experts(num_experts) * (kWarps * sizeof(uint16_t) + sizeof(int32_t));
-}
+// Shared memory of scatter_kernel.
+struct Shared {
+  int experts;         // padded
+  int32_t* first_row;  // [experts]: of the slots that are ranked; until that is known, how many slots are before the tile
+  int32_t* end_row;    // [experts]: past all slots; until that is known, how many slots are in the tile or after it
+  uint16_t* counts;    // [kWarps][experts]: of the slots that are ranked, those of the warps before
 
-// The run of slots that belongs to this warp, in batches of 32: visit(slot, expert, lanes with the same expert).
-// Past the end of the run, slot is -1 and expert -1.
-template <typename Visit>
-__device__ __forceinline__ void for_each_batch(const SortSlotsArgs& args, int64_t tile_size, Visit&& visit) {
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int64_t tile_begin = blockIdx.x * tile_size;
-  const int64_t tile_end = min(tile_begin + tile_size, args.num_slots);
-  const int64_t run = (tile_end - tile_begin + kThreads - 1) / kThreads * kLanes;
-  const int64_t begin = tile_begin + warp * run, end = min(begin + run, tile_end);
-  auto load = [&](int64_t slot) { return slot < end ? expert_of(args, slot) : -1; };
-  int next = load(begin + lane);
-  for (int64_t batch = begin; batch < end; batch += kLanes) {
-    const int expert = next;
-    next = load(batch + kLanes + lane);  // in flight while this batch is matched
-    visit(batch + lane < end ? batch + lane : -1, expert, __match_any_sync(kAllLanes, expert));
-  }
-}
-
-// counts[warp][expert] = slots of that expert in that warp's run; ends with a barrier.
-__device__ __forceinline__ void count_tile(const SortSlotsArgs& args, int64_t tile_size, uint16_t* counts) {
-  const int experts = padded_experts(args.num_experts);
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  uint16_t* mine = counts + warp * experts;
-  for (int e = lane; e < experts; e += kLanes) mine[e] = 0;
-  __syncwarp();  // zeroed
-  for_each_batch(args, tile_size, [&](int64_t, int expert, unsigned peers) {
-    if (expert >= 0 && lane == __ffs(peers) - 1) mine[expert] += __popc(peers);
-    __syncwarp();  // the next batch may count the same expert from another lane
-  });
-  __syncthreads();  // all runs are counted
-}
-
-// A pair of experts (2i, 2i + 1), the share of thread i.
-struct Pair {
-  int x = 0, y = 0;
+  __device__ __forceinline__ Shared(uint8_t* base, int num_experts)
+      : experts(padded_experts(num_experts)),
+        first_row(reinterpret_cast<int32_t*>(base)),
+        end_row(first_row + experts),
+        counts(reinterpret_cast<uint16_t*>(end_row + experts)) {}
+  static size_t bytes(int num_experts) { return padded_experts(num_experts) * (2 * sizeof(int32_t) + kWarps * sizeof(uint16_t)); }
 };
 
-// Replaces this thread's counts by the counts of the warps before, and returns the tile's counts.
-__device__ __forceinline__ Pair scan_warps(uint16_t* counts, int experts) {
+__device__ __forceinline__ int load_id(const SortSlotsArgs& args, int64_t slot, int64_t end) {
+  return slot < end ? args.topk_ids[slot] : -1;
+}
+
+// before[expert] += slots in [begin, split) with that expert, after[expert] += those in [split, end).
+__device__ __forceinline__ void count_slots(const SortSlotsArgs& args, int64_t begin, int64_t split, int64_t end, int32_t* before,
+                                            int32_t* after) {
+  for (int64_t slot = begin + threadIdx.x; slot < end; slot += kGroupTiles * kThreads) {
+    int experts[kGroupTiles];  // ids at first: a loop each, so that the loads of one are in flight together
+#pragma unroll
+    for (int i = 0; i < kGroupTiles; ++i) experts[i] = load_id(args, slot + i * kThreads, end);
+#pragma unroll
+    for (int i = 0; i < kGroupTiles; ++i) experts[i] = local_expert(args, experts[i]);
+#pragma unroll
+    for (int i = 0; i < kGroupTiles; ++i)
+      if (experts[i] >= 0) atomicAdd((slot + i * kThreads < split ? before : after) + experts[i], 1);
+  }
+}
+
+// The lanes of this warp with the same expert; for a negative one, any lanes. `match_any` takes a step for each expert that occurs, this
+// one for each bit.
+__device__ __forceinline__ unsigned lanes_with(int expert) {
+  unsigned lanes = __ballot_sync(kAllLanes, expert >= 0);
+#pragma unroll
+  for (int bit = 0; bit < kExpertBits; ++bit) {
+    const bool is_set = expert >> bit & 1;
+    const unsigned set = __ballot_sync(kAllLanes, is_set);
+    lanes &= is_set ? set : ~set;
+  }
+  return lanes;
+}
+
+// Replaces the counts of this thread's experts by those of the warps before, and returns their sums over all warps.
+__device__ __forceinline__ int2 scan_warps(uint16_t* counts, int experts) {
   const int i = threadIdx.x;
   if (2 * i >= experts) return {};
-  uint32_t running = 0;  // two 16-bit sums; a tile has fewer than 2^16 slots, so nothing carries over
+  uint32_t words[kWarps], sums = 0;  // two of 16 bits; kThreads slots are counted, so nothing carries over
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) words[warp] = reinterpret_cast<uint32_t*>(counts + warp * experts)[i];
 #pragma unroll
   for (int warp = 0; warp < kWarps; ++warp) {
-    uint32_t& word = reinterpret_cast<uint32_t*>(counts + warp * experts)[i];
-    const uint32_t count = word;
-    word = running;
-    running += count;
+    reinterpret_cast<uint32_t*>(counts + warp * experts)[i] = sums;
+    sums += words[warp];
   }
-  return {static_cast<int>(running & 0xffffu), static_cast<int>(running >> 16)};
+  return make_int2(sums & 0xffffu, sums >> 16);
+}
+
+// How many threads before this one have the same expert. `counted`: how many of all have those of this thread's share. Ends with a barrier.
+__device__ __forceinline__ int rank_threads(const Shared& s, int expert, int2& counted) {
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  uint16_t* mine = s.counts + warp * s.experts;
+#pragma unroll 1
+  for (int i = lane; i < s.experts / 2; i += kLanes) reinterpret_cast<uint32_t*>(mine)[i] = 0;
+  const unsigned lanes = lanes_with(expert), before = lanes & ((1u << lane) - 1);
+  __syncwarp();  // zeroed
+  if (expert >= 0 && before == 0) mine[expert] = __popc(lanes);
+  __syncthreads();  // all warps have counted
+  counted = scan_warps(s.counts, s.experts);
+  __syncthreads();  // scanned
+  return expert >= 0 ? mine[expert] + __popc(before) : 0;
 }
 
 // The sum of x over the threads before this one. All threads call it, once.
@@ -102,110 +125,142 @@ __device__ __forceinline__ int exclusive_sum(int x) {
   __shared__ int warp_sums[kWarps];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   int sum = x;
+#pragma unroll
   for (int lanes = 1; lanes < kLanes; lanes *= 2) {
     const int before = __shfl_up_sync(kAllLanes, sum, lanes);
     if (lane >= lanes) sum += before;
   }
   if (lane == kLanes - 1) warp_sums[warp] = sum;
   __syncthreads();  // warp_sums is complete
-  for (int w = 0; w < warp; ++w) sum += warp_sums[w];
-  return sum - x;
+  return sum - x + __reduce_add_sync(kAllLanes, lane < warp ? warp_sums[lane] : 0);
 }
 
-__device__ __forceinline__ int align(int rows, int alignment) { return (rows + alignment - 1) / alignment * alignment; }
-
-__device__ __forceinline__ void fill_row_to_slot(const SortSlotsArgs& args) {
-  if (args.row_to_slot == nullptr) return;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  const int64_t quads = reinterpret_cast<uintptr_t>(args.row_to_slot) % 16 == 0 ? args.num_rows / 4 : 0;
-  for (int64_t i = thread; i < quads; i += threads)
-    reinterpret_cast<int4*>(args.row_to_slot)[i] = make_int4(-1, -1, -1, -1);
-  for (int64_t row = 4 * quads + thread; row < args.num_rows; row += threads) args.row_to_slot[row] = -1;
+__device__ __forceinline__ int align(int rows, int alignment) {
+  return (static_cast<unsigned>(rows) + alignment - 1) / alignment * alignment;
 }
 
-// tile_counts[tile][expert], and row_to_slot = -1 everywhere.
-__global__ void __launch_bounds__(kThreads) count_kernel(SortSlotsArgs args, int64_t tile_size, int32_t* tile_counts) {
-  extern __shared__ __align__(16) uint8_t shared[];
-  uint16_t* counts = reinterpret_cast<uint16_t*>(shared);
-  const int experts = padded_experts(args.num_experts);
-  pdl_wait();
-  pdl_launch_next();
-  fill_row_to_slot(args);
-  count_tile(args, tile_size, counts);
-  const Pair count = scan_warps(counts, experts);
-  int2* out = reinterpret_cast<int2*>(tile_counts + blockIdx.x * experts);
-  if (2 * threadIdx.x < experts) out[threadIdx.x] = make_int2(count.x, count.y);
-}
-
-// kSingle: the only tile; it fills row_to_slot itself and needs no tile_counts.
+// Makes rows of the counts in first_row and end_row and of the groups' counts, and writes expert_offsets. Ends with a barrier.
 template <bool kSingle>
-__global__ void __launch_bounds__(kThreads)
-    scatter_kernel(SortSlotsArgs args, int64_t tile_size, const int32_t* tile_counts, int num_tiles) {
-  extern __shared__ __align__(16) uint8_t shared[];
-  uint16_t* counts = reinterpret_cast<uint16_t*>(shared);
-  const int experts = padded_experts(args.num_experts), i = threadIdx.x;
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  int32_t* first_row = reinterpret_cast<int32_t*>(counts + kWarps * experts);  // [experts], of this tile
-  pdl_wait();
-  pdl_launch_next();
-  if constexpr (kSingle) fill_row_to_slot(args);
-  count_tile(args, tile_size, counts);
-  Pair total = scan_warps(counts, experts), before;
-  if (!kSingle && 2 * i < experts) {
-    total = {};
-#pragma unroll 8
-    for (int tile = 0; tile < num_tiles; ++tile) {
-      const int2 count = reinterpret_cast<const int2*>(tile_counts + static_cast<int64_t>(tile) * experts)[i];
-      total.x += count.x;
-      total.y += count.y;
-      before.x += tile < blockIdx.x ? count.x : 0;
-      before.y += tile < blockIdx.x ? count.y : 0;
+__device__ __forceinline__ void find_rows(const SortSlotsArgs& args, const Shared& s, const int32_t* group_counts, int num_groups) {
+  const int i = threadIdx.x, group = blockIdx.x / kGroupTiles;
+  int2& first_row = reinterpret_cast<int2*>(s.first_row)[i];
+  int2& end_row = reinterpret_cast<int2*>(s.end_row)[i];
+  int2 before{}, total{};
+  if (2 * i < s.experts) {
+    before = first_row;
+    if (kSingle) total = make_int2(before.x + end_row.x, before.y + end_row.y);
+#pragma unroll
+    for (int g = 0; g < (kSingle ? 0 : kMaxGroups); ++g) {
+      const int2 count = g < num_groups ? reinterpret_cast<const int2*>(group_counts + g * s.experts)[i] : int2{};
+      total = make_int2(total.x + count.x, total.y + count.y);
+      if (g < group) before = make_int2(before.x + count.x, before.y + count.y);
     }
   }
-  const int rows_x = align(total.x, args.alignment), rows_y = align(total.y, args.alignment);
-  const int offset = exclusive_sum(rows_x + rows_y);
-  if (2 * i < experts) {
-    first_row[2 * i] = offset + before.x;
-    first_row[2 * i + 1] = offset + rows_x + before.y;
+  const int rows = align(total.x, args.alignment);
+  int2 offset;
+  offset.x = exclusive_sum(rows + align(total.y, args.alignment));
+  offset.y = offset.x + rows;
+  if (2 * i < s.experts) {
+    first_row = make_int2(offset.x + before.x, offset.y + before.y);
+    end_row = make_int2(offset.x + total.x, offset.y + total.y);
   }
   if (blockIdx.x == 0) {
-    if (2 * i < args.num_experts) args.expert_offsets[2 * i] = offset;
-    if (2 * i + 1 < args.num_experts) args.expert_offsets[2 * i + 1] = offset + rows_x;
-    if (i == kThreads - 1) args.expert_offsets[args.num_experts] = offset + rows_x + rows_y;
+    if (2 * i < args.num_experts) args.expert_offsets[2 * i] = offset.x;
+    if (2 * i + 1 < args.num_experts) args.expert_offsets[2 * i + 1] = offset.y;
+    if (i == kThreads - 1) args.expert_offsets[args.num_experts] = offset.y + align(total.y, args.alignment);
   }
+  __syncthreads();  // first_row and end_row are rows
+}
+
+// row_to_slot = -1 where no slot is: the padding after the rows of each expert, and what comes after the last one.
+__device__ __forceinline__ void fill_padding(const SortSlotsArgs& args, const int32_t* end_row) {
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const auto fill = [&](int64_t begin, int64_t end, int64_t step) {
+#pragma unroll 1
+    for (int64_t row = begin; row < end; row += step) args.row_to_slot[row] = -1;
+  };
+#pragma unroll 1
+  for (int e = blockIdx.x + warp * gridDim.x; e < args.num_experts; e += kWarps * gridDim.x)
+    fill(int64_t(end_row[e]) + lane, align(end_row[e], args.alignment), kLanes);  // the next expert is aligned
+  fill(int64_t(align(end_row[args.num_experts - 1], args.alignment)) + blockIdx.x * kThreads + threadIdx.x, args.num_rows,
+       gridDim.x * kThreads);
+}
+
+// group_counts[group][expert]
+__global__ void __launch_bounds__(kThreads) count_kernel(SortSlotsArgs args, int tile_size, int32_t* group_counts) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  int32_t* counts = reinterpret_cast<int32_t*>(shared);
+  const int experts = padded_experts(args.num_experts);
+  const int64_t size = int64_t(kGroupTiles) * tile_size, begin = blockIdx.x * size, end = min(begin + size, args.num_slots);
+#pragma unroll 1
+  for (int e = threadIdx.x; e < experts; e += kThreads) counts[e] = 0;
+  __syncthreads();  // zeroed
+  pdl_wait();
+  pdl_launch_next();
+  count_slots(args, begin, end, end, counts, counts);
+  __syncthreads();  // counted
+#pragma unroll 1
+  for (int e = threadIdx.x; e < experts; e += kThreads) group_counts[blockIdx.x * experts + e] = counts[e];
+}
+
+// kSingle: all tiles are one group, there was no count_kernel.
+template <bool kSingle>
+__global__ void __launch_bounds__(kThreads)
+    scatter_kernel(SortSlotsArgs args, int tile_size, const int32_t* group_counts, int num_groups) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  const Shared s(shared, args.num_experts);
+  const int i = threadIdx.x;
+  const int64_t begin = int64_t(blockIdx.x) * tile_size, end = min(begin + tile_size, args.num_slots);
+  const int64_t group_begin = int64_t(blockIdx.x / kGroupTiles * kGroupTiles) * tile_size;
+#pragma unroll 1
+  for (int e = i; e < 2 * s.experts; e += kThreads) s.first_row[e] = 0;  // and end_row
+  __syncthreads();  // zeroed
+  // Unless kSingle, this kernel started when count_kernel had waited for the ids; now there is only group_counts to wait for.
+  if constexpr (kSingle) pdl_wait();
+  const int id = load_id(args, begin + i, end);
+  count_slots(args, group_begin, begin, kSingle ? args.num_slots : begin, s.first_row, s.end_row);
+  int expert = local_expert(args, id);
+  int2 counted;
+  int rank = rank_threads(s, expert, counted);
+  if constexpr (!kSingle) pdl_wait();
+  pdl_launch_next();
+  find_rows<kSingle>(args, s, group_counts, num_groups);
+  for (int64_t slot = begin + i;;) {
+    if (slot < end) {
+      const int row = expert >= 0 ? s.first_row[expert] + rank : expert;
+      args.slot_to_row[slot] = row;
+      if (row >= 0 && args.row_to_slot != nullptr) args.row_to_slot[row] = static_cast<int32_t>(slot);
+    }
+    slot += kThreads;
+    if (slot - i >= end) break;
+    __syncthreads();  // first_row has been read
+    if (2 * i < s.experts) {
+      s.first_row[2 * i] += counted.x;
+      s.first_row[2 * i + 1] += counted.y;
+    }
+    expert = local_expert(args, load_id(args, slot, end));
+    rank = rank_threads(s, expert, counted);
+  }
+  if (args.row_to_slot != nullptr) fill_padding(args, s.end_row);
   for (int64_t j = blockIdx.x * kThreads + i; j < args.num_cleared; j += gridDim.x * kThreads) args.cleared[j] = 0;
-  __syncthreads();  // first_row, every warp's counts and row_to_slot = -1 are complete
-  uint16_t* mine = counts + warp * experts;
-  for_each_batch(args, tile_size, [&](int64_t slot, int expert, unsigned peers) {
-    const int rank = expert >= 0 ? mine[expert] + __popc(peers & ((1u << lane) - 1)) : 0;
-    __syncwarp();  // every lane has read the count that its leader now raises
-    if (expert >= 0 && lane == __ffs(peers) - 1) mine[expert] += __popc(peers);
-    __syncwarp();  // raised before the next batch reads it
-    if (slot < 0) return;
-    const int row = expert >= 0 ? first_row[expert] + rank : expert;
-    args.slot_to_row[slot] = row;
-    if (row >= 0 && args.row_to_slot != nullptr) args.row_to_slot[row] = static_cast<int32_t>(slot);
-  });
 }
 
 }  // namespace
 
 size_t sort_slots_workspace_bytes(int64_t num_slots, int32_t num_experts) {
-  const int64_t tiles = tiles_of(num_slots).count;
-  return tiles > 1 ? tiles * padded_experts(num_experts) * sizeof(int32_t) : 0;
+  const int groups = tiles_of(num_slots).groups;
+  return groups > 1 ? groups * padded_experts(num_experts) * sizeof(int32_t) : 0;
 }
 
 cudaError_t sort_slots(const SortSlotsArgs& args, void* workspace, cudaStream_t stream) {
   const Tiles tiles = tiles_of(args.num_slots);
-  const dim3 grid(static_cast<unsigned>(tiles.count)), block(kThreads);
-  const size_t shared = shared_bytes(args.num_experts);
-  auto* tile_counts = static_cast<int32_t*>(workspace);
-  const int num_tiles = static_cast<int>(tiles.count);
-  if (tiles.count == 1) return launch(scatter_kernel<true>, grid, block, shared, stream, args, tiles.size, nullptr, 1);
-  const cudaError_t error = launch(count_kernel, grid, block, shared, stream, args, tiles.size, tile_counts);
+  const dim3 grid(tiles.count), block(kThreads);
+  const size_t shared = Shared::bytes(args.num_experts), counts_bytes = padded_experts(args.num_experts) * sizeof(int32_t);
+  auto* group_counts = static_cast<int32_t*>(workspace);
+  if (tiles.groups == 1) return launch(scatter_kernel<true>, grid, block, shared, stream, args, tiles.size, nullptr, 1);
+  const cudaError_t error = launch(count_kernel, dim3(tiles.groups), block, counts_bytes, stream, args, tiles.size, group_counts);
   if (error != cudaSuccess) return error;
-  return launch(scatter_kernel<false>, grid, block, shared, stream, args, tiles.size, tile_counts, num_tiles);
+  return launch(scatter_kernel<false>, grid, block, shared, stream, args, tiles.size, group_counts, tiles.groups);
 }
 
 namespace {

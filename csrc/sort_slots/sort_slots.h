@@ -26,14 +26,17 @@ struct SortSlotsArgs {
 };
 
 #ifdef __CUDACC__
-// Local expert of a slot, -1: absent, -2: id out of range.
+// Local expert of an id, -1: absent, -2: id out of range. Without branches: the loads of several ids are in flight at once.
+__device__ __forceinline__ int local_expert(const SortSlotsArgs& args, int id) {
+  const bool mapped = args.expert_map != nullptr;
+  const bool in_range = static_cast<unsigned>(id) < static_cast<unsigned>(mapped ? args.num_global_experts : args.num_experts);
+  int expert = in_range || id == -1 ? id : -2;
+  if (mapped && in_range) expert = args.expert_map[id];
+  return static_cast<unsigned>(expert) + 1 <= static_cast<unsigned>(args.num_experts) ? expert : -2;
+}
+
 __device__ __forceinline__ int expert_of(const SortSlotsArgs& args, int64_t slot) {
-  const int id = args.topk_ids[slot];
-  if (id == -1) return -1;
-  if (args.expert_map == nullptr) return id >= 0 && id < args.num_experts ? id : -2;
-  if (id < 0 || id >= args.num_global_experts) return -2;
-  const int expert = args.expert_map[id];
-  return expert >= -1 && expert < args.num_experts ? expert : -2;
+  return local_expert(args, args.topk_ids[slot]);
 }
 #endif
 
