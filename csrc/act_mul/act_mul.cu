@@ -81,7 +81,7 @@ __device__ __forceinline__ int64_t rows_in_use(const ActMulArgs& args) {
 
 template <typename T, Format kFormat, int kChunks>
 __global__ void __launch_bounds__(kMaxThreads) act_mul_kernel(ActMulArgs args, bool vectorized) {
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * blockDim.x * kChunks + threadIdx.x;
+  const int64_t first = first_chunk<kChunks>();
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.y;
   pdl_wait();
   pdl_launch_next();
@@ -90,13 +90,13 @@ __global__ void __launch_bounds__(kMaxThreads) act_mul_kernel(ActMulArgs args, b
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows; row += stride) {
     ChunkPair<T> pairs[kChunks];
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) pairs[i] = load_pair<T>(args, row, first + i * blockDim.x, vectorized);
+    for (int i = 0; i < kChunks; ++i) pairs[i] = load_pair<T>(args, row, first + i * kLanes, vectorized);
     const float global_scale = global_scale_of_row(args.global_scale, row);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       float y[kChunk];
       activate_pair(args, pairs[i], y);
-      store_chunk<kFormat>(args.out, row, first + i * blockDim.x, quantize_chunk<kFormat>(y, global_scale), vectorized);
+      store_chunk<kFormat>(args.out, row, first + i * kLanes, quantize_chunk<kFormat>(y, global_scale), vectorized);
     }
   }
 }

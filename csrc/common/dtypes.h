@@ -1,8 +1,8 @@
-// Conversions between float32 and the narrow number types, and 8-element chunks of a row.
+// Conversions between float32 and the narrow number types, and chunks of a row.
 //
 // A chunk is 8 consecutive elements: 16 bytes of bfloat16 or float16, 32 of float32. It is the unit that a thread
 // loads, computes and stores; every scale block is a whole number of chunks. Chunk c of a row holds elements [8c, 8c +
-// 8).
+// 8). Where kSize is 16, all of this holds with 16 instead of 8.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -10,6 +10,7 @@
 #include <cuda_fp8.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/formats.h"
 
@@ -93,9 +94,9 @@ __device__ __forceinline__ uint32_t pack_e2m1(float low, float high) {
 
 // chunks
 
-template <typename T>
+template <typename T, int kSize = kChunk>
 struct alignas(16) Chunk {
-  T x[kChunk];
+  T x[kSize];
 };
 
 // 16 bytes, or zeros without reading when not inside. One predicated instruction: with a branch, the compiler waits for
@@ -112,11 +113,11 @@ __device__ __forceinline__ uint4 load_16(const void* source, bool inside) {
   return words;
 }
 
-// Chunk `chunk` of a row of k elements, zeros at and past k. `vectorized`: k % 8 == 0 and 16-byte aligned rows.
-template <typename T>
-__device__ __forceinline__ Chunk<T> load_chunk(const T* row, int64_t chunk, int64_t k, bool vectorized) {
-  Chunk<T> result;
-  const int64_t first = chunk * kChunk;
+// Chunk `chunk` of a row of k elements, zeros at and past k. `vectorized`: k % kSize == 0 and 16-byte aligned rows.
+template <int kSize = kChunk, typename T>
+__device__ __forceinline__ Chunk<T, kSize> load_chunk(const T* row, int64_t chunk, int64_t k, bool vectorized) {
+  Chunk<T, kSize> result;
+  const int64_t first = chunk * kSize;
   uint4* words = reinterpret_cast<uint4*>(&result);
   const uint4* source = reinterpret_cast<const uint4*>(row + first);
 #pragma unroll
@@ -125,16 +126,22 @@ __device__ __forceinline__ Chunk<T> load_chunk(const T* row, int64_t chunk, int6
   }
   if (vectorized) return result;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
+  for (int i = 0; i < kSize; ++i) {
     if (first + i < k) result.x[i] = row[first + i];
   }
   return result;
 }
 
-template <typename T>
-__device__ __forceinline__ void to_floats(const Chunk<T>& chunk, float (&x)[kChunk]) {
+template <typename T, int kSize>
+__device__ __forceinline__ void to_floats(const Chunk<T, kSize>& chunk, float (&x)[kSize]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // the upper half of a float: one instruction each, which to_float is not
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(&chunk);
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) x[i] = to_float(chunk.x[i]);
+    for (int i = 0; i < kSize; ++i) x[i] = __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) x[i] = to_float(chunk.x[i]);
+  }
 }
 
 // Writes kBytes of `words` (4, 8 or 16) at destination, or the first `valid` bytes of them one by one.

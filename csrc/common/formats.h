@@ -23,8 +23,8 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // Values per stored element.
 constexpr int pack(Format format) { return format == Format::mxfp4 || format == Format::nvfp4 ? 2 : 1; }
 
-// Bytes that 8 values take.
-constexpr int chunk_bytes(Format format) { return has_scale(format) ? 8 / pack(format) : 16; }
+// Bytes that `size` values take, a multiple of 8.
+constexpr int chunk_bytes(Format format, int size = 8) { return has_scale(format) ? size / pack(format) : 2 * size; }
 
 // Consecutive k that share a scale; 0: the whole row (int8) or no scale at all.
 constexpr int block_k(Format format) {

@@ -1,9 +1,10 @@
-// The block quantisers of docs/ops.md, written once: x [8 elements a thread] -> values, scale, exact to the bit.
+// The block quantisers of docs/ops.md, written once: x [8 or 16 elements a thread] -> values, scale, exact to the bit.
 //
-// A block of 128, 32 or 16 elements lies in 16, 4 or 2 neighbouring lanes of a warp, one chunk each; its amax goes
-// round by shuffles, so all 32 lanes of a warp must call `quantize_chunk` together (with zeros past the end of the
-// row), and lane l must hold a chunk c with c % 32 == l. int8 has one scale a row: `quantize_row` takes the whole
-// thread block. Divisions and products are rounded explicitly, so that no compiler flag or contraction changes a bit.
+// A block of 128, 32 or 16 elements lies in neighbouring lanes of a warp, one chunk each; its amax goes round by
+// shuffles, so all 32 lanes of a warp must call `quantize_chunk` together (with zeros past the end of the row), and
+// lane l must hold a chunk c with c % 32 == l. Chunks of 16 take half as many divisions and stores as two of 8. int8 has
+// one scale a row: `quantize_row` takes the whole thread block. Divisions and products are rounded explicitly, so that no
+// compiler flag or contraction changes a bit.
 #pragma once
 #include "common/dtypes.h"
 #include "common/formats.h"
@@ -25,17 +26,18 @@ struct Scale {
   float inverse;
 };
 
-template <Format kFormat>
+template <Format kFormat, int kSize = kChunk>
 struct QuantizedChunk {
-  uint32_t words[chunk_bytes(kFormat) / 4];
+  uint32_t words[chunk_bytes(kFormat, kSize) / 4];
   uint32_t scale;
 };
 
 // The largest |x|, NaN ignored (fmaxf does), infinity left to `make_scale`.
-__device__ __forceinline__ float chunk_amax(const float (&x)[kChunk]) {
+template <int kSize>
+__device__ __forceinline__ float chunk_amax(const float (&x)[kSize]) {
   float amax = 0.f;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) amax = fmaxf(amax, fabsf(x[i]));
+  for (int i = 0; i < kSize; ++i) amax = fmaxf(amax, fabsf(x[i]));
   return amax;
 }
 
@@ -61,70 +63,73 @@ __device__ __forceinline__ uint32_t encode_int8(float x) {
   return static_cast<uint32_t>(min(max(__float2int_rn(x), -127), 127)) & 0xffu;
 }
 
-// 8 floats, already divided by their scale, as stored bytes.
-template <Format kFormat>
-__device__ __forceinline__ void encode_chunk(const float (&x)[kChunk], uint32_t (&words)[chunk_bytes(kFormat) / 4]) {
+// A chunk, already divided by its scale, as stored bytes.
+template <Format kFormat, int kSize>
+__device__ __forceinline__ void encode_chunk(const float (&x)[kSize], uint32_t (&words)[chunk_bytes(kFormat, kSize) / 4]) {
   if constexpr (kFormat == Format::bf16 || kFormat == Format::fp16) {
     using T = std::conditional_t<kFormat == Format::bf16, __nv_bfloat16, __half>;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = pack_16<T>(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < kSize / 2; ++i) words[i] = pack_16<T>(x[2 * i], x[2 * i + 1]);
   } else if constexpr (kFormat == Format::int8) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kSize / 4; ++i) {
       words[i] = encode_int8(x[4 * i]) | encode_int8(x[4 * i + 1]) << 8 | encode_int8(x[4 * i + 2]) << 16 |
                  encode_int8(x[4 * i + 3]) << 24;
     }
   } else if constexpr (pack(kFormat) == 1) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < kSize / 4; ++i)
       words[i] = pack_e4m3(x[4 * i], x[4 * i + 1]) | pack_e4m3(x[4 * i + 2], x[4 * i + 3]) << 16;
   } else {
-    words[0] =
-        pack_e2m1(x[0], x[1]) | pack_e2m1(x[2], x[3]) << 8 | pack_e2m1(x[4], x[5]) << 16 | pack_e2m1(x[6], x[7]) << 24;
+#pragma unroll
+    for (int i = 0; i < kSize / 8; ++i) {
+      words[i] = pack_e2m1(x[8 * i], x[8 * i + 1]) | pack_e2m1(x[8 * i + 2], x[8 * i + 3]) << 8 |
+                 pack_e2m1(x[8 * i + 4], x[8 * i + 5]) << 16 | pack_e2m1(x[8 * i + 6], x[8 * i + 7]) << 24;
+    }
   }
 }
 
 // One chunk of every lane of a warp, for formats whose scale belongs to a block within a row, or that have none.
-template <Format kFormat>
-__device__ __forceinline__ QuantizedChunk<kFormat> quantize_chunk(const float (&x)[kChunk], float global_scale) {
+template <Format kFormat, int kSize>
+__device__ __forceinline__ QuantizedChunk<kFormat, kSize> quantize_chunk(const float (&x)[kSize], float global_scale) {
   static_assert(kFormat != Format::int8);
-  QuantizedChunk<kFormat> result;
+  QuantizedChunk<kFormat, kSize> result;
   if constexpr (!has_scale(kFormat)) {
     encode_chunk<kFormat>(x, result.words);
   } else {
     float amax = chunk_amax(x);
 #pragma unroll
-    for (int lanes = block_k(kFormat) / kChunk / 2; lanes > 0; lanes /= 2) {
+    for (int lanes = block_k(kFormat) / kSize / 2; lanes > 0; lanes /= 2) {
       amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, lanes));
     }
     const Scale scale = make_scale<kFormat>(amax, global_scale);
-    float scaled[kChunk];
+    float scaled[kSize];
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) scaled[i] = __fmul_rn(x[i], scale.inverse);
+    for (int i = 0; i < kSize; ++i) scaled[i] = __fmul_rn(x[i], scale.inverse);
     encode_chunk<kFormat>(scaled, result.words);
     result.scale = scale.stored;
   }
   return result;
 }
 
-template <Format kFormat>
+template <Format kFormat, int kSize = kChunk>
 __device__ __forceinline__ void store_values(const QuantizedMatrix& out, int64_t row, int64_t chunk,
-                                             const uint32_t (&words)[chunk_bytes(kFormat) / 4], bool vectorized) {
-  constexpr int kBytes = chunk_bytes(kFormat);
-  const int64_t row_bytes = out.k * kBytes / kChunk;
+                                             const uint32_t (&words)[chunk_bytes(kFormat, kSize) / 4], bool vectorized) {
+  constexpr int kBytes = chunk_bytes(kFormat, kSize);
+  const int64_t row_bytes = out.k * kBytes / kSize;
   uint8_t* destination = static_cast<uint8_t*>(out.values) + row * row_bytes + chunk * kBytes;
   store_bytes<kBytes>(destination, words, row_bytes - chunk * kBytes, vectorized);
 }
 
 // Writes a chunk and, from the first lane of its block, the scale. Nothing is written for chunks past the end of the
 // row.
-template <Format kFormat>
+template <Format kFormat, int kSize>
 __device__ __forceinline__ void store_chunk(const QuantizedMatrix& out, int64_t row, int64_t chunk,
-                                            const QuantizedChunk<kFormat>& quantized, bool vectorized) {
-  if (chunk * kChunk >= out.k) return;
-  store_values<kFormat>(out, row, chunk, quantized.words, vectorized);
+                                            const QuantizedChunk<kFormat, kSize>& quantized, bool vectorized) {
+  if (chunk * kSize >= out.k) return;
+  store_values<kFormat, kSize>(out, row, chunk, quantized.words, vectorized);
   if constexpr (has_scale(kFormat)) {
-    constexpr int kBlockChunks = block_k(kFormat) / kChunk;
+    constexpr int kBlockChunks = block_k(kFormat) / kSize;
     if (chunk % kBlockChunks != 0) return;
     const int64_t index = row * out.scale_stride_row + chunk / kBlockChunks * out.scale_stride_k;
     if constexpr (kFormat == Format::fp8_block) {

@@ -1,8 +1,7 @@
 // How a matrix of rows, each a number of 8-element chunks, is spread over thread blocks.
 //
-// Thread (x, y) of block (i, j) works on row i * block.y + y, chunks j * block.x * c + x + {0, 1, .., c-1} * block.x
-// with c = chunks_per_thread. block.x is a multiple of 32: a warp lies in one row and lane l holds a chunk c with c %
-// 32 == l.
+// Thread (x, y) of block (i, j) works on row i * block.y + y. A warp lies in one row, since block.x is a multiple of 32,
+// and has 32 * chunks_per_thread neighbouring chunks; lane l has those chunks c with c % 32 == l, at constant distances.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -12,7 +11,7 @@
 
 namespace moe {
 
-constexpr int kMaxThreads = 256;
+constexpr int kMaxThreads = 256, kLanes = 32;
 // Chunks that fill an H200 (132 SMs x 2048 threads) once: with fewer, one chunk a thread is fastest, with more, several
 // independent loads a thread.
 constexpr int64_t kChunksOfOneWave = 1 << 18;
@@ -21,6 +20,13 @@ struct Tiling {
   dim3 grid, block;
   int chunks_per_thread;
 };
+
+// The first chunk of this thread; its others follow kLanes apart.
+template <int kChunksPerThread>
+__device__ __forceinline__ int64_t first_chunk() {
+  const unsigned lane = threadIdx.x % kLanes;
+  return static_cast<int64_t>(blockIdx.y * blockDim.x + threadIdx.x - lane) * kChunksPerThread + lane;
+}
 
 inline Tiling tile_rows(int64_t rows, int64_t chunks, int max_chunks_per_thread) {
   const int per_thread = rows * chunks <= kChunksOfOneWave ? 1 : max_chunks_per_thread;

@@ -16,8 +16,11 @@
 namespace moe {
 namespace {
 
-constexpr int kChunksPerThread = 4;  // 16-byte loads in flight
-constexpr int kLanes = 32;
+// With many tokens: 16-byte loads in flight, and elements that a thread quantises and stores at once. 16 of 8 bits fill a
+// 16-byte store; 8 of them would need twice the instructions, for stores, scales and divisions.
+constexpr int kChunksPerThread = 4;
+template <Format kFormat>
+constexpr int kManySize = has_scale(kFormat) ? 2 * kChunk : kChunk;
 
 // The slots of one token, held one a lane, 32 at a time: two coalesced loads instead of 2 * top_k dependent ones.
 class Slots {
@@ -26,21 +29,29 @@ class Slots {
     load(0);
   }
 
-  // visit(row, weight) for every slot that has a row, in order. The same for all lanes of a warp.
+  // Whether no slot has a row; false where only more loads could tell. The same for all lanes of a warp, as below.
+  __device__ __forceinline__ bool none() const { return args_.top_k <= kLanes && lanes_with_row() == 0; }
+
+  // visit(row, weight) for every slot that has a row, in order.
   template <typename Visit>
   __device__ __forceinline__ void for_each_row(Visit&& visit) {
     for (int base = 0; base < args_.top_k; base += kLanes) {
       if (base > 0) load(base);
-      const int count = min(kLanes, args_.top_k - base);
-      for (int slot = 0; slot < count; ++slot) {
-        const int row = __shfl_sync(kAllLanes, row_, slot);
-        const float weight = __shfl_sync(kAllLanes, weight_, slot);
-        if (row >= 0 && row < args_.num_rows) visit(static_cast<int64_t>(row), weight);
+      unsigned left = lanes_with_row();
+      for (int lane = 0; left != 0; ++lane, left >>= 1) {
+        if (left % 2 == 0) continue;
+        const float weight = __shfl_sync(kAllLanes, weight_, lane);
+        visit(static_cast<int64_t>(__shfl_sync(kAllLanes, row_, lane)), weight);
       }
     }
   }
 
  private:
+  // Waits for the load: not part of it, so that other loads can be issued in between.
+  __device__ __forceinline__ unsigned lanes_with_row() const {
+    return __ballot_sync(kAllLanes, row_ >= 0 && row_ < args_.num_rows);
+  }
+
   __device__ __forceinline__ void load(int base) {
     const int slot = base + threadIdx.x % kLanes;
     const bool exists = slot < args_.top_k;
@@ -55,53 +66,54 @@ class Slots {
 };
 
 // A chunk as it goes to a row when every row of the token gets the same. bf16 and fp16 are plain copies.
-template <Format kFormat, typename T>
-__device__ __forceinline__ QuantizedChunk<kFormat> shared_chunk(const Chunk<T>& chunk,
-                                                                const GlobalScale& global_scale) {
+template <Format kFormat, typename T, int kSize>
+__device__ __forceinline__ QuantizedChunk<kFormat, kSize> shared_chunk(const Chunk<T, kSize>& chunk,
+                                                                       const GlobalScale& global_scale) {
   if constexpr (!has_scale(kFormat)) {
     const uint4 words = *reinterpret_cast<const uint4*>(&chunk);
     return {{words.x, words.y, words.z, words.w}};
   } else {
-    float x[kChunk];
+    float x[kSize];
     to_floats(chunk, x);
     return quantize_chunk<kFormat>(x, global_scale.data ? *global_scale.data : 1.f);
   }
 }
 
-template <typename T, Format kFormat, bool kPerSlot, int kChunks>
+template <typename T, Format kFormat, bool kPerSlot, int kSize, int kChunks>
 __global__ void __launch_bounds__(kMaxThreads) permute_kernel(PermuteArgs args, bool vectorized) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * blockDim.x * kChunks + threadIdx.x;
+  const int64_t first = first_chunk<kChunks>();
   pdl_wait();
   pdl_launch_next();
   if (token >= args.num_tokens) return;
   vectorized = vectorized || kChunks > 1;  // known at compile time there
   Slots slots(args, token);
+  // A third of the tokens with 8-way expert parallelism. With few tokens one latency after the other would cost more.
+  if (kChunks > 1 && slots.none()) return;
   const T* hidden = static_cast<const T*>(args.hidden_states) + token * args.out.k;
-  Chunk<T> chunks[kChunks];
+  Chunk<T, kSize> chunks[kChunks];
 #pragma unroll
-  for (int i = 0; i < kChunks; ++i) chunks[i] = load_chunk(hidden, first + i * blockDim.x, args.out.k, vectorized);
+  for (int i = 0; i < kChunks; ++i) chunks[i] = load_chunk<kSize>(hidden, first + i * kLanes, args.out.k, vectorized);
   if constexpr (kPerSlot) {
     slots.for_each_row([&](int64_t row, float weight) {
       const float global_scale = global_scale_of_row(args.global_scale, row);
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
-        float x[kChunk];
+        float x[kSize];
         to_floats(chunks[i], x);
 #pragma unroll
-        for (int j = 0; j < kChunk; ++j) x[j] = __fmul_rn(x[j], weight);
-        store_chunk<kFormat>(args.out, row, first + i * blockDim.x, quantize_chunk<kFormat>(x, global_scale),
-                             vectorized);
+        for (int j = 0; j < kSize; ++j) x[j] = __fmul_rn(x[j], weight);
+        store_chunk<kFormat>(args.out, row, first + i * kLanes, quantize_chunk<kFormat>(x, global_scale), vectorized);
       }
     });
   } else {
-    QuantizedChunk<kFormat> quantized[kChunks];
+    QuantizedChunk<kFormat, kSize> quantized[kChunks];
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) quantized[i] = shared_chunk<kFormat>(chunks[i], args.global_scale);
     slots.for_each_row([&](int64_t row, float) {
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
-        store_chunk<kFormat>(args.out, row, first + i * blockDim.x, quantized[i], vectorized);
+        store_chunk<kFormat>(args.out, row, first + i * kLanes, quantized[i], vectorized);
       }
     });
   }
@@ -131,10 +143,12 @@ cudaError_t launch_permute(const PermuteArgs& args, bool vectorized, cudaStream_
     return launch(permute_int8_kernel<T>, tiling.grid, tiling.block, 0, stream, args, vectorized);
   } else {
     const bool per_slot = args.topk_weights != nullptr || args.global_scale.per_expert();
-    const Tiling tiling = tile_rows(args.num_tokens, chunks, per_slot || !vectorized ? 1 : kChunksPerThread);
-    auto* kernel = per_slot                        ? permute_kernel<T, kFormat, true, 1>
-                   : tiling.chunks_per_thread == 1 ? permute_kernel<T, kFormat, false, 1>
-                                                   : permute_kernel<T, kFormat, false, kChunksPerThread>;
+    constexpr int kSize = kManySize<kFormat>;
+    const bool several = !per_slot && vectorized && args.out.k % kSize == 0;
+    const Tiling tiling = tile_rows(args.num_tokens, chunks, several ? kChunksPerThread : 1);
+    auto* kernel = per_slot                        ? permute_kernel<T, kFormat, true, kChunk, 1>
+                   : tiling.chunks_per_thread == 1 ? permute_kernel<T, kFormat, false, kChunk, 1>
+                                                   : permute_kernel<T, kFormat, false, kSize, kChunksPerThread * kChunk / kSize>;
     return launch(kernel, tiling.grid, tiling.block, 0, stream, args, vectorized);
   }
 }

@@ -19,7 +19,7 @@ constexpr int kChunksPerThread = 4;  // 16-byte loads in flight
 template <typename T, Format kFormat, int kChunks>
 __global__ void __launch_bounds__(kMaxThreads) quantize_kernel(QuantizeArgs args, bool vectorized) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * blockDim.x * kChunks + threadIdx.x;
+  const int64_t first = first_chunk<kChunks>();
   pdl_wait();
   pdl_launch_next();
   if (row >= args.rows) return;
@@ -27,13 +27,13 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_kernel(QuantizeArgs args
   const T* input = static_cast<const T*>(args.input) + row * args.out.k;
   Chunk<T> chunks[kChunks];
 #pragma unroll
-  for (int i = 0; i < kChunks; ++i) chunks[i] = load_chunk(input, first + i * blockDim.x, args.out.k, vectorized);
+  for (int i = 0; i < kChunks; ++i) chunks[i] = load_chunk(input, first + i * kLanes, args.out.k, vectorized);
   const float global_scale = args.global_scale ? *args.global_scale : 1.f;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     float x[kChunk];
     to_floats(chunks[i], x);
-    store_chunk<kFormat>(args.out, row, first + i * blockDim.x, quantize_chunk<kFormat>(x, global_scale), vectorized);
+    store_chunk<kFormat>(args.out, row, first + i * kLanes, quantize_chunk<kFormat>(x, global_scale), vectorized);
   }
 }
 
