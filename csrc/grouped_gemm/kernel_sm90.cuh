@@ -57,7 +57,8 @@ struct Config {
   static constexpr int kRows = kWaveRows * kWaves;
   static constexpr int kConsumers = 128 * kWarpgroups;
   // Warps that load tokens. Split: tiles with as few as two K blocks, and a latency for each.
-  static constexpr int kTokenWarps = !kFloat8 ? 1 : kSplit ? 7 : 3;
+  static constexpr bool kCanGather = kGated && kMaxTokens == 128;
+  static constexpr int kTokenWarps = kFloat8 && kSplit ? 7 : kFloat8 || kCanGather ? 3 : 1;
   static constexpr int kThreads = kConsumers + (kTokenWarps < 4 ? 128 : 256);
   static constexpr int kBlockBytes = packed_block_bytes(kPacking);  // packed: of 64 weight rows
   // K blocks, 128 bytes of a token, in a stage. With few tokens a block of 64 k is less work than its barriers.
@@ -84,7 +85,7 @@ struct Config {
   // Registers a thread, moved from producers to consumers. The three warpgroups start with 168 each (80 with two thread blocks an SM) and
   // share exactly that: asking for more waits for ever.
   static constexpr bool kRebalanceRegisters = kWarpgroups == 2 && kThreads == 384;
-  static constexpr int kProducerRegisters = kBlocksPerSm == 2 ? 48 : 56, kConsumerRegisters = kBlocksPerSm == 2 ? 96 : 224;
+  static constexpr int kProducerRegisters = kBlocksPerSm == 2 ? 48 : kCanGather ? 72 : 56, kConsumerRegisters = kBlocksPerSm == 2 ? 96 : kCanGather ? 216 : 224;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (kBlocksPerSm == 2 ? 80 : 168));
   static_assert(!kPacked || sizeof(Element) == 2);
   static_assert(kBlocksPerSm == 1 || kMaxTokens == 32);
@@ -121,7 +122,9 @@ struct Smem {
   int32_t* offsets;     // [E + 1] first row of each expert
   int32_t* tile_begin;  // [E + 1] token tiles before each expert
 
-  __device__ explicit Smem(uint8_t* raw) {
+  bool gathered;        // GEMM1's tokens come by cp.async (gather_sm90.cuh)
+
+  __device__ Smem(uint8_t* raw, bool gathered) : gathered(C::kCanGather && gathered) {
     uint8_t* base = raw + (-cute::cast_smem_ptr_to_uint(raw) & 1023u);
     tokens = cute::cast_smem_ptr_to_uint(base);
     weights = tokens + C::kStages * C::kTokenBytes;
@@ -292,6 +295,13 @@ __device__ __forceinline__ void release_tile(const Smem<C>& smem, PipelineState<
   __syncwarp();
   if ((threadIdx.x & 31) == 0) smem.tile_empty[slot.stage].arrive();
   slot.advance();
+}
+
+// A stage's operands are there.
+template <class C>
+__device__ __forceinline__ void wait_full(const Smem<C>& smem, const PipelineState<C::kStages>& pipe) {
+  smem.full[pipe.stage].wait(pipe.phase);
+  if (smem.gathered) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what cp.async wrote
 }
 
 // Done with a stage's operands.

@@ -1,6 +1,7 @@
 // Host side of the SM90 grouped GEMM: tensor maps and the launch of one tile configuration.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "common/dtypes.h"
@@ -32,8 +33,9 @@ cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t k, int64
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// gathered: its tokens come without tensor maps.
 template <class C>
-cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args) {
+cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool gathered = false) {
   using Element = typename C::Element;
   g.parts = args.b_parts;
   g.part_rows = args.n / args.b_parts;
@@ -48,15 +50,31 @@ cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args) {
   g.bias_dtype = args.bias_dtype;
   g.b_global_scale = args.b_global_scale;
   g.packed_weights = static_cast<const uint8_t*>(args.b);
-  for (int size = 0; 8 << size <= C::kMaxTokens; ++size)
+  for (int size = 0; !gathered && 8 << size <= C::kMaxTokens; ++size) {  // each costs the host a microsecond
+    if (8 << size == 64 && !C::kHas64) continue;
     if (auto e = make_tensor_map<Element>(&g.tokens[size], args.a, args.k, args.num_rows, 0, 8 << size)) return e;
+    if (8 << size >= args.num_rows) break;  // no tile has more
+  }
   if (C::kPacked) return cudaSuccess;
   return make_tensor_map<Element>(&g.weights, args.b, args.k, g.part_rows, int64_t(args.num_experts) * g.parts, C::kWaveRows);
 }
 
+// Once for each device, where the driver keeps it.
+template <class C>
+cudaError_t allow_shared_memory() {
+  static std::atomic<uint64_t> allowed{0};  // a bit for each device
+  int device = 0;
+  if (auto e = cudaGetDevice(&device)) return e;
+  const uint64_t bit = device < 64 ? uint64_t(1) << device : 0;
+  if (allowed.load() & bit) return cudaSuccess;
+  if (auto e = cudaFuncSetAttribute(grouped_gemm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes)) return e;
+  allowed.fetch_or(bit);
+  return cudaSuccess;
+}
+
 template <class C>
 cudaError_t launch_kernel(const KernelParams& p, int64_t tiles, int num_sms, cudaStream_t stream) {
-  if (auto e = cudaFuncSetAttribute(grouped_gemm_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes)) return e;
+  if (auto e = allow_shared_memory<C>()) return e;
   return launch(grouped_gemm_kernel<C>, dim3(unsigned(std::min<int64_t>(tiles, num_sms * C::kBlocksPerSm))), dim3(C::kThreads), C::kSmemBytes, stream, p);
 }
 
@@ -79,17 +97,25 @@ cudaError_t launch_plain(const GroupedGemmArgs& args, int32_t* tile_counter, int
 // cache line of its own, so that those who wait do not slow down those who draw.
 constexpr int64_t kCounterLine = 128 / sizeof(int32_t);
 
+// Whether GEMM1 had better gather its tokens than read permuted ones. That saves writing and reading those; but every row tile copies its
+// tokens anew by instructions, where TMA takes permuted ones, and the consumers wait for a fence (which 16 bits do not notice).
+template <class C>
+bool gathers(const FusedGemms& f) {
+  const int64_t row_tiles = (f.gemm2.k + C::kWaveRows - 1) / C::kWaveRows;
+  return C::kCanGather && (row_tiles <= 4 || !(C::kFloat8 || C::kPacked));
+}
+
 template <class C>
 FusedGemmsSizes fused_sizes(const FusedGemms& f) {
   const int64_t token_tiles = max_token_tiles(f.gemm1.num_rows, f.gemm1.num_experts, C::kMaxTokens);
   const int64_t arrived = C::kSplit ? token_tiles * ((f.gemm2.k + 127) / 128) : 0;
-  return {2 * kCounterLine + round_up(token_tiles, kCounterLine) + arrived, C::kSplit ? f.gemm1.num_rows * f.gemm1.n : 0};
+  return {2 * kCounterLine + round_up(token_tiles, kCounterLine) + arrived, C::kSplit ? f.gemm1.num_rows * f.gemm1.n : 0, gathers<C>(f)};
 }
 
 template <class C>
 cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) {
   KernelParams p{};
-  if (auto e = fill_gemm<C>(p.gemm[0], f.gemm1)) return e;
+  if (auto e = fill_gemm<C>(p.gemm[0], f.gemm1, f.row_to_slot != nullptr)) return e;
   if (auto e = fill_gemm<C>(p.gemm[1], f.gemm2)) return e;
   const int64_t token_tiles = max_token_tiles(f.gemm1.num_rows, f.gemm1.num_experts, C::kMaxTokens);
   const int32_t groups = (f.gemm2.k + 127) / 128;
@@ -111,6 +137,10 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   p.act_scale_stride_row = f.gemm2.a_scale.stride_row;
   p.act_scale_stride_k = f.gemm2.a_scale.stride_k;
   p.act = f.gemm1.out;
+  p.row_to_slot = f.row_to_slot;
+  p.gathered = f.gemm1.a;
+  p.row_chunks = int32_t(f.gemm1.k * sizeof(typename C::Element) / 16);
+  p.top_k = f.top_k;
   if (C::kSplit) {
     p.gemm[0].out = f.gate_up;
     p.gemm[0].out_dtype = DType::float32;

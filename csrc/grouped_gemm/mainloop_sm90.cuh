@@ -31,7 +31,7 @@ struct NarrowFloat8 {
 
   __device__ void issue(Sum& partial) {
     const Operands<C, false> in(smem, pipe.stage, warpgroup);
-    smem.full[pipe.stage].wait(pipe.phase);
+    wait_full<C>(smem, pipe);
     fence_registers(partial);
     unrolled<C::kWaves>([&](auto w) {
       cute::warpgroup_arrive();
@@ -119,7 +119,7 @@ __device__ __forceinline__ void multiply_float8_wide(const Smem<C>& smem, Pipeli
   for (int kb = 0; kb < k_blocks; ++kb, pipe.advance()) {
     const Operands<C, true> in(smem, pipe.stage, warpgroup);
     const uint32_t scales = smem.scales + pipe.stage * (4 * C::kWaves * C::kWaveScales);
-    smem.full[pipe.stage].wait(pipe.phase);
+    wait_full<C>(smem, pipe);
 #pragma unroll
     for (int w = 0; w < C::kWaves; ++w) {
       fence_registers(partial);
@@ -150,7 +150,7 @@ __device__ __forceinline__ void multiply_16bit(const Smem<C>& smem, PipelineStat
   fence_registers(total);
 #pragma unroll 1
   for (int kb = 0; kb < k_stages; ++kb, pipe.advance()) {
-    smem.full[pipe.stage].wait(pipe.phase);
+    wait_full<C>(smem, pipe);
     cute::warpgroup_arrive();
     issue(pipe.stage);
     cute::warpgroup_commit_batch();

@@ -96,7 +96,7 @@ __device__ __forceinline__ void multiply_packed(const Smem<C>& smem, PipelineSta
 #pragma unroll 1
   for (int i = 0; i < k_stages * kPasses; ++i) {
     const int pass = i % kPasses;
-    if (pass == 0) smem.full[pipe.stage].wait(pipe.phase);
+    if (pass == 0) wait_full<C>(smem, pipe);
     const uint32_t weights = smem.weights + pipe.stage * C::kWeightBytes + warpgroup * C::kBlockBytes;
     const uint32_t tokens = descriptor_low(smem.tokens) + pipe.stage * (C::kTokenBytes >> 4);
 #pragma unroll
@@ -162,7 +162,7 @@ struct FewTokens {
 
   // All of a stage, which is free from then on.
   __device__ __forceinline__ void load(Stage& s, const PipelineState<C::kStages>& pipe) const {
-    smem.full[pipe.stage].wait(pipe.phase);
+    wait_full<C>(smem, pipe);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       const uint32_t block = weights + pipe.stage * C::kWeightBytes + half / 2 * C::kBlockWeightBytes;

@@ -1,7 +1,7 @@
 // The SM90 grouped GEMM kernel: roles, the choice of the tile's size, and how the two fused GEMMs wait for each other.
 #pragma once
 #include "grouped_gemm/epilogue_wide_sm90.cuh"
-#include "grouped_gemm/producers_sm90.cuh"
+#include "grouped_gemm/gather_sm90.cuh"
 #include "grouped_gemm/split_sm90.cuh"
 
 namespace moe::sm90 {
@@ -77,13 +77,13 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ uint8_t raw[];
-  const Smem<C> smem(raw);
+  const Smem<C> smem(raw, p.row_to_slot != nullptr);
   static_assert(sizeof(CUtensorMap) == 128 && offsetof(GemmParams, tokens) == 128);
   if (threadIdx.x < 12 && threadIdx.x / 6 < p.num_gemms)
     asm volatile("prefetch.tensormap [%0];" ::"l"(&p.gemm[threadIdx.x / 6].weights + threadIdx.x % 6) : "memory");
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::kStages; ++s) {
-      smem.full[s].init(2);  // the weights' thread and the tokens' warp
+      smem.full[s].init(1 + (smem.gathered ? kGatherArrivals<C> : 1));  // the weights' thread, and the tokens' warp or all of them
       smem.empty[s].init(C::kConsumers / 32);
     }
     for (int s = 0; s < kTileSlots; ++s) {
@@ -105,8 +105,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm_ker
   const int warp = __shfl_sync(~0u, int(threadIdx.x / kLanes) - C::kConsumers / kLanes, 0);  // uniform, see consume()
   if (warp >= 0) {
     if constexpr (C::kRebalanceRegisters) cutlass::arch::warpgroup_reg_dealloc<C::kProducerRegisters>();
-    if (warp == 0) load_weights<C>(p, smem, first_tile);
-    else if (warp <= C::kTokenWarps) load_tokens<C>(p, smem, warp - 1);
+    if (warp == 0) {
+      load_weights<C>(p, smem, first_tile);
+    } else if (smem.gathered) {
+      if constexpr (C::kCanGather) gather_tokens<C>(p, smem, warp - 1);
+    } else if (warp <= C::kTokenWarps) {
+      load_tokens<C>(p, smem, warp - 1);
+    }
   } else {
     if constexpr (C::kRebalanceRegisters) cutlass::arch::warpgroup_reg_alloc<C::kConsumerRegisters>();
     consume<C>(p, smem);

@@ -193,6 +193,19 @@ struct TokenLoader {
     return s;
   }
 
+  __device__ void store_scales(int stage, const Scales& s) const {
+    const uint32_t scales = smem.scales + stage * (4 * C::kWaves * C::kWaveScales);
+#pragma unroll
+    for (int i = 0; i < kRowsPerLane; ++i) {
+      const int token = lane + kLanes * i;
+      if (token < (1 << tile.size)) {
+#pragma unroll
+        for (int w = 0; w < C::kWaves; ++w)
+          asm volatile("st.shared.f32 [%0], %1;" ::"r"(scales + 4 * (w * C::kWaveScales + scale_index(token))), "f"(__fmul_rn(s.a[i], s.b[w])) : "memory");
+      }
+    }
+  }
+
   __device__ void fill(int stage, int kb, const Scales& s) const {
     Barrier& full = smem.full[stage];
     if (lane == 0) {
@@ -201,18 +214,7 @@ struct TokenLoader {
         tma_load(smem.tokens + stage * C::kTokenBytes + h * C::kBlockTokenBytes, &p.gemm[tile.gemm].tokens[tile.size - 3], full,
                  (kb * C::kStageBlocks + h) * kBlockK<C>, tile.token);
     }
-    if constexpr (C::kFloat8) {
-      const uint32_t scales = smem.scales + stage * (4 * C::kWaves * C::kWaveScales);
-#pragma unroll
-      for (int i = 0; i < kRowsPerLane; ++i) {
-        const int token = lane + kLanes * i;
-        if (token < (1 << tile.size)) {
-#pragma unroll
-          for (int w = 0; w < C::kWaves; ++w)
-            asm volatile("st.shared.f32 [%0], %1;" ::"r"(scales + 4 * (w * C::kWaveScales + scale_index(token))), "f"(__fmul_rn(s.a[i], s.b[w])) : "memory");
-        }
-      }
-    }
+    if constexpr (C::kFloat8) store_scales(stage, s);
     __syncwarp();
     if (lane == 0) full.arrive();
   }

@@ -19,6 +19,9 @@ struct FusedGemms {
   int32_t gate_part = 0;     // which of the two parts of w13 is the gate (0: gate_up, 1: up_gate)
   float* gate_up = nullptr;  // [num_rows, n] of gemm1, for few rows (see fused_gemms_sm90_sizes)
   int32_t* sync = nullptr;   // counters: must be 0; the launch leaves them used up
+  // GEMM1 gathers: its row r is row row_to_slot[r] / top_k of gemm1.a, whose scales are K-major. Or null; see FusedGemmsSizes::gather.
+  const int32_t* row_to_slot = nullptr;
+  int32_t top_k = 0;
   // Few slots: what sort_slots sorts, complete before the kernel before this one started; or null. Then this kernel counts them while
   // that one runs.
   const int32_t* topk_ids = nullptr;    // [num_slots]
@@ -29,6 +32,7 @@ struct FusedGemms {
 struct FusedGemmsSizes {
   int64_t sync = 0;      // int32 counters
   int64_t gate_up = 0;   // floats, 0 where gate and up meet in one tile
+  bool gather = false;   // whether GEMM1 had better gather its tokens than read permuted ones
 };
 const char* fused_gemms_sm90_why_not(const GroupedGemmArgs& gemm1, const GroupedGemmArgs& gemm2);
 FusedGemmsSizes fused_gemms_sm90_sizes(const FusedGemms&);  // a pure function of the sizes and dtypes in it
@@ -71,6 +75,9 @@ struct KernelParams {
   int32_t* tile_counter;           // 0 at the start: tiles drawn
   int32_t num_gemms, num_experts;
   // The rest is for two fused GEMMs.
+  const int32_t* row_to_slot;      // [num_rows]: GEMM1 gathers its tokens; or null: they are gemm[0]'s matrix
+  const void* gathered;            // the matrix they are rows of, each row_chunks * 16 bytes
+  int32_t row_chunks, top_k;
   const int32_t* topk_ids;         // split: of few slots; or null
   const int32_t* expert_map;
   int32_t num_slots, num_global_experts;

@@ -11,6 +11,7 @@ import re
 
 import pytest
 import torch
+from gpu_layers import DEVICE, LAYER, PACKED, layer, overload, packed, poison_free_memory, tokens, why_not, with_ids
 from moe_cases import Call, activate, make_moe
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -20,25 +21,16 @@ import torch_moe_ops as moe
 from torch_moe_ops.activations import ACTIVATIONS
 from torch_moe_ops.formats import FORMATS
 
-DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 BACKENDS = ("cutlass_sm90", "triton")
 GPU_FORMATS = ("bf16", "fp16", "fp8_block")
-PACKED = ("nvfp4", "mxfp4", "mxfp8")  # multiplied by bf16 activations, by cutlass_sm90 alone
-# cutlass_sm90 takes split tiles of 64 rows at 1 token, of 128 up to 64 tokens; then gated tiles.
-LAYER = {"hidden_size": 1024, "intermediate_size": 512, "num_experts": 64, "top_k": 8}
 # |got - dense| / |dense|. Three roundings of about the same size: gate_up's inputs or expert_out, act, output. The root
 # mean square of one is 0.0017 (bf16), 0.0002 (fp16), 0.027 (fp8_block, activations); weights are not counted.
 DENSE_ERROR = {"bf16": 6e-3, "fp16": 1e-3, "fp8_block": 5e-2, "nvfp4": 6e-3, "mxfp4": 6e-3, "mxfp8": 6e-3}
 # |got - reference| / |reference|: one float8 step in a few activations out of a thousand, one unit of bf16 in a few
 # outputs out of a hundred.
 REFERENCE_ERROR = {"bf16": 4e-3, "fp16": 5e-4, "fp8_block": 5e-3, "nvfp4": 4e-3, "mxfp4": 4e-3, "mxfp8": 4e-3}
-
-
-def why_not(backend: str) -> str | None:
-    """Why this machine or build does not have the backend."""
-    return next(v.reason for v in moe.explain("fused_moe", device=DEVICE).verdicts if v.backend == backend)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -54,34 +46,6 @@ def format(request: pytest.FixtureRequest) -> str:
         if (backend := request.getfixturevalue("backend")) != "cutlass_sm90":
             pytest.skip(f"{backend} takes no packed weights")
     return request.param
-
-
-def overload(backend: str) -> torch._ops.OpOverload:
-    return getattr(torch.ops.moe.fused_moe, backend)
-
-
-def layer(format: str, num_tokens: int, **changes: object) -> Call:
-    act_format = "bf16" if format in PACKED else ""
-    call = make_moe(format, act_format=act_format, num_tokens=num_tokens, device=DEVICE, **{**LAYER, **changes})
-    return packed(call) if format in PACKED else call
-
-
-def packed(call: Call) -> Call:
-    x, w13, w2, *routing = call.args
-    weights = {"w13": w13, "w2": w2}
-    for name, weight in weights.items():
-        weights[name] = moe.pack_weight(weight, call.options[f"{name}_scale"], call.options["format"])
-    return Call(x, *weights.values(), *routing, **(call.options | {"w13_scale": None, "w2_scale": None}))
-
-
-def tokens(call: Call, index: slice | Tensor) -> Call:
-    """The same call for some of its tokens."""
-    x, w13, w2, topk_weights, topk_ids = call.args
-    return call.but(x[index], w13, w2, topk_weights[index], topk_ids[index])
-
-
-def with_ids(call: Call, topk_ids: Tensor, **changes: object) -> Call:
-    return call.but(*call.args[:4], topk_ids.int(), **changes)
 
 
 def local_ids(call: Call) -> Tensor:
@@ -130,13 +94,6 @@ def distance(got: Tensor, expected: Tensor) -> float:
     if not expected.any():
         return 0.0 if not got.any() else float("inf")
     return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
-
-
-def poison_free_memory() -> None:
-    """What torch.empty returns next holds NaN: results may not depend on rows that nobody wrote."""
-    if DEVICE == "cuda":
-        held = [torch.full((2**size,), float("nan"), device=DEVICE) for size in range(8, 23) for _ in range(4)]
-        del held
 
 
 def reference_error(format: str, num_tokens: int) -> float:

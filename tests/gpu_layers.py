@@ -1,0 +1,55 @@
+"""Layers on a GPU for the tests of fused_moe's backends, and what changes them."""
+
+from __future__ import annotations
+
+import torch
+from moe_cases import Call, make_moe
+from torch import Tensor
+
+import torch_moe_ops as moe
+
+DEVICE = "cuda"
+PACKED = ("nvfp4", "mxfp4", "mxfp8")  # multiplied by bf16 activations, by cutlass_sm90 alone
+# cutlass_sm90 takes split tiles of 64 rows at 1 token, of 128 up to 64 tokens; then gated tiles. From 385 tokens on
+# GEMM1 gathers its tokens.
+LAYER = {"hidden_size": 1024, "intermediate_size": 512, "num_experts": 64, "top_k": 8}
+
+
+def why_not(backend: str) -> str | None:
+    """Why this machine or build does not have the backend."""
+    return next(v.reason for v in moe.explain("fused_moe", device=DEVICE).verdicts if v.backend == backend)
+
+
+def overload(backend: str) -> torch._ops.OpOverload:
+    return getattr(torch.ops.moe.fused_moe, backend)
+
+
+def layer(format: str, num_tokens: int, **changes: object) -> Call:
+    act_format = "bf16" if format in PACKED else ""
+    call = make_moe(format, act_format=act_format, num_tokens=num_tokens, device=DEVICE, **{**LAYER, **changes})
+    return packed(call) if format in PACKED else call
+
+
+def packed(call: Call) -> Call:
+    x, w13, w2, *routing = call.args
+    weights = {"w13": w13, "w2": w2}
+    for name, weight in weights.items():
+        weights[name] = moe.pack_weight(weight, call.options[f"{name}_scale"], call.options["format"])
+    return Call(x, *weights.values(), *routing, **(call.options | {"w13_scale": None, "w2_scale": None}))
+
+
+def tokens(call: Call, index: slice | Tensor) -> Call:
+    """The same call for some of its tokens."""
+    x, w13, w2, topk_weights, topk_ids = call.args
+    return call.but(x[index], w13, w2, topk_weights[index], topk_ids[index])
+
+
+def with_ids(call: Call, topk_ids: Tensor, **changes: object) -> Call:
+    return call.but(*call.args[:4], topk_ids.int(), **changes)
+
+
+def poison_free_memory() -> None:
+    """What torch.empty returns next holds NaN: results may not depend on rows that nobody wrote."""
+    if DEVICE == "cuda":
+        held = [torch.full((2**size,), float("nan"), device=DEVICE) for size in range(8, 23) for _ in range(4)]
+        del held
