@@ -98,7 +98,6 @@ class TensorFacts(NamedTuple):
     shape: torch.Size
     device: torch.device
     strides: tuple[int, ...] | None  # None: contiguous
-    requires_grad: bool
 
     def dim(self) -> int:
         return len(self.shape)
@@ -114,8 +113,7 @@ def static_facts(value: object) -> object:
     """A tensor's `TensorFacts`, as the plain tuple that is quickest to make and to hash; anything else as it is."""
     if not isinstance(value, Tensor):
         return value
-    strides = None if value.is_contiguous() else value.stride()
-    return value.dtype, value.shape, value.device, strides, value.requires_grad
+    return value.dtype, value.shape, value.device, None if value.is_contiguous() else value.stride()
 
 
 def stand_in(facts: object) -> object:

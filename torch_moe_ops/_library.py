@@ -4,7 +4,7 @@ For op X the schema comes from ops/X.py, checks and fake from meta_kernels/X.py,
 portable GPU kernel from triton/X.py and the CUDA kernels from the shared library _C.so, which registers them under the
 same names (`moe::X.cuda`) and may be absent. Where it has a GEMM and no fused layer for a GPU, fused_moe is its stages.
 
-    default    checks, then the backend that `backends.select` names
+    default    checks, then the backend that `backends.select` names; but see OFFERS
     reference  plain torch, on any device
     the rest   one overload per backend; called by name, they check their arguments first too
 """
@@ -38,6 +38,11 @@ STAGED = ("cutlass_sm100", "cutlass_sm120")
 # Sets of static facts that `default` of an op remembers, about 2 KiB each: every number of tokens of a few layers.
 REMEMBERED_CALLS = 4096
 
+# (op, compute capability) -> the first candidate's kernel for such GPUs, as an op that takes the same arguments and
+# runs them or, where the kernel refuses them, returns None. `default` asks it first: what it takes is what `select`
+# would give it, and the checks of a kernel cost the host less than reading the static facts from Python.
+OFFERS: dict[tuple[str, int], torch._ops.OpOverload] = {}
+
 
 def _module(layer: str, op: str) -> ModuleType:
     return importlib.import_module(f".{layer}.{op}", __package__)
@@ -47,15 +52,17 @@ def _overload(op: str, name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.moe, op), name)
 
 
+def _schema(op: str) -> str:
+    return " ".join(_module("ops", op).SCHEMA.split())
+
+
 def _define(op: str) -> None:
     """The schema of ops/X.py, once for `default` and once per backend."""
     tags = [torch.Tag.pt2_compliant_tag]
     if op in READS_STRIDED_SCALES:
         tags.append(torch.Tag.needs_exact_strides)
-    schema = " ".join(_module("ops", op).SCHEMA.split())
-    LIBRARY.define(f"{op}{schema}", tags=tags)
-    for backend in CANDIDATES[op]:
-        LIBRARY.define(f"{op}.{backend}{schema}", tags=tags)
+    for name in (op, *(f"{op}.{backend}" for backend in CANDIDATES[op])):
+        LIBRARY.define(f"{name}{_schema(op)}", tags=tags)
 
 
 def _register_fakes(op: str) -> None:
@@ -73,7 +80,7 @@ def _register_fakes(op: str) -> None:
 
 
 def _register_default(op: str) -> None:
-    """Checks, chooses, calls. The chosen overload is called below autograd, where it does not check again.
+    """Offers, else checks, chooses, calls. The chosen overload is called below autograd, where it does not check again.
 
     Checks and choice read nothing but the static facts of the arguments, so they run once for each set of facts (the
     number of tokens is one of them) and are remembered. A refusal is never remembered.
@@ -82,13 +89,9 @@ def _register_default(op: str) -> None:
     overloads = {backend: _overload(op, backend) for backend in CANDIDATES[op]}
 
     @lru_cache(maxsize=REMEMBERED_CALLS)
-    def choose(
-        grad_enabled: bool, arg_facts: tuple, option_names: tuple[str, ...], option_facts: tuple
-    ) -> torch._ops.OpOverload:
+    def choose(arg_facts: tuple, option_names: tuple[str, ...], option_facts: tuple) -> torch._ops.OpOverload:
         args = [stand_in(value) for value in arg_facts]
         options = dict(zip(option_names, map(stand_in, option_facts), strict=True))
-        if grad_enabled:
-            expect_no_grad(op, names, args, options)
         check(*args, **options)
         device = args[0].device
         problem = Problem(
@@ -97,17 +100,25 @@ def _register_default(op: str) -> None:
         return overloads[select(problem)]
 
     def default(*args, **options):
-        overload = choose(
-            torch.is_grad_enabled(),
-            tuple(map(static_facts, args)),
-            tuple(options),
-            tuple(map(static_facts, options.values())),
-        )
+        if torch.is_grad_enabled():
+            expect_no_grad(op, names, args, options)
+        offer = OFFERS.get((op, compute_capability(args[0].device)))
+        if offer is not None and (output := offer(*args, **options)) is not None:
+            return output
+        overload = choose(tuple(map(static_facts, args)), tuple(options), tuple(map(static_facts, options.values())))
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args, **options)
 
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(op, default, key)
+
+
+def _register_offer(op: str, backend: str, sm: int) -> None:
+    """`moe::offer_{op}`, which the shared library implements if it has the backend."""
+    assert CANDIDATES[op][0] == backend  # else another backend might have been chosen for what the kernel takes
+    LIBRARY.define(f"offer_{op}{_schema(op)}?")
+    if torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"moe::offer_{op}", "CUDA"):
+        OFFERS[op, sm] = _overload(f"offer_{op}", "default")
 
 
 def _register_backend(op: str, backend: str) -> None:
@@ -174,5 +185,6 @@ for _op in OPS:
     _register_triton(_op)
     for _backend in CANDIDATES[_op]:
         _register_backend(_op, _backend)
+_register_offer("fused_moe", "cutlass_sm90", 90)
 for _backend in STAGED:
     _register_stages(_backend)

@@ -33,16 +33,16 @@ TENSORS = (
     "w2_bias",
     "expert_map",
 )
-SETTINGS = (
-    "format",
-    "act_format",
-    "activation",
-    "alpha",
-    "beta",
-    "limit",
-    "routed_scaling_factor",
-    "apply_router_weight_on_input",
-)
+SETTINGS = {  # and what moe::fused_moe takes where they are left out
+    "format": "bf16",
+    "act_format": "",
+    "activation": "silu",
+    "alpha": 1.0,
+    "beta": 0.0,
+    "limit": None,
+    "routed_scaling_factor": 1.0,
+    "apply_router_weight_on_input": False,
+}
 
 
 def to_gate_up(tensor: Tensor, layout: str, *, group: int = 1) -> Tensor:
@@ -167,8 +167,10 @@ class Experts(nn.Module):
         return torch.ops.moe.fused_moe(hidden_states, self.w13, self.w2, topk_weights, topk_ids, **self.options())
 
     def options(self) -> dict[str, object]:
-        """The keyword arguments of moe::fused_moe."""
-        return {name: getattr(self, name) for name in TENSORS[2:] + SETTINGS}
+        """The keyword arguments of moe::fused_moe, without those at their defaults: each costs the host time."""
+        tensors = {name: tensor for name in TENSORS[2:] if (tensor := self._buffers[name]) is not None}
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        return tensors | {name: value for name, value in settings.items() if value != SETTINGS[name]}
 
     @property
     def num_experts(self) -> int:

@@ -15,11 +15,16 @@ namespace moe {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// What is wrong with arguments; thrown before anything is launched. Whatever else is thrown is an error of CUDA or torch.
+struct Refusal : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 template <typename Expected, typename Got>
 [[noreturn]] void refuse(const char* op, const char* argument, const Expected& expected, const Got& got) {
   std::ostringstream line;
   line << op << ": " << argument << ": expected " << expected << ", got " << got;
-  throw std::runtime_error(line.str());
+  throw Refusal(line.str());
 }
 
 // Arguments are streamed only when the condition fails.
@@ -34,6 +39,13 @@ template <typename Expected, typename Got>
 
 inline void check_cuda(const char* op, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
+}
+
+// One comparison, where scalar_type() compares with one dtype after another.
+inline bool has_dtype(const Tensor& tensor, ScalarType dtype) {
+  int32_t code = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  return code == torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
 }
 
 inline const char* dtype_name(ScalarType dtype) {
@@ -96,7 +108,7 @@ inline void expect_tensor(const char* op, const char* argument, const Tensor& te
     good = dim.name != nullptr || tensor.size(i) == dim.size;
   }
   bool known = false;
-  for (ScalarType dtype : dtypes) known = known || tensor.scalar_type() == dtype;
+  for (ScalarType dtype : dtypes) known = known || has_dtype(tensor, dtype);
   if (good && known) return;
   std::string expected = describe(dtypes, dims, device_name(like)), got = describe(tensor);
   if (!tensor.is_contiguous()) {

@@ -1,9 +1,12 @@
-// torch.ops.moe.fused_moe.cutlass_sm90: the whole layer in one call.
+// torch.ops.moe.fused_moe.cutlass_sm90: the whole layer in one call; and the same as an offer, for fused_moe.default.
 //   sort_slots -> permute (+ quantise) -> both GEMMs with the activation (+ requantise) in between -> finalize
+// or, where GEMM1 gathers its tokens: sort_slots -> quantize, not for 16 bits -> both GEMMs -> finalize;
 // or, where the two GEMMs cannot be one launch (no gate, interleaved w13), GEMM1 -> act_mul -> GEMM2.
 // All intermediates lie in one tensor of torch's allocator, of the sizes that meta_kernels/_sizes.py states: an allocation costs the host
 // more than a launch.
 #include <torch/csrc/stable/library.h>
+
+#include <tuple>
 
 #include "act_mul/act_mul.h"
 #include "common/arguments.h"
@@ -13,6 +16,7 @@
 #include "grouped_gemm/sm90_config.h"
 #include "grouped_gemm/tensor_args.h"
 #include "permute/permute.h"
+#include "quantize/quantize.h"
 #include "sort_slots/sort_slots.h"
 
 #ifdef TORCH_MOE_SM90
@@ -31,15 +35,17 @@ struct Layer {
   GateUpLayout layout = GateUpLayout::gate_up;
   bool fused = false;             // both GEMMs in one launch
   FusedGemmsSizes sizes;
+  bool gather = false;            // GEMM1 reads tokens through row_to_slot: nothing is permuted
   cudaStream_t stream = nullptr;
 };
 
 // Device memory of a call, one piece after another from `base`.
 struct Intermediates {
   int32_t *expert_offsets, *slot_to_row;
+  int32_t* row_to_slot;             // gather
   int32_t* counters;                // 0 at the start: what the GEMMs draw tiles from
   uint8_t* sort_workspace;
-  QuantizedMatrix permuted, act;
+  QuantizedMatrix permuted, act;    // gather: the quantised tokens
   float* gate_up;
   void* expert_out;
   int64_t bytes = 0;
@@ -50,7 +56,7 @@ struct Intermediates {
       bytes += round_up(size, 256);
     };
     const int64_t rows = layer.num_rows, element = has_scale(layer.format) ? 1 : 2;
-    const auto place_matrix = [&](QuantizedMatrix& matrix, int64_t k, bool mn_major) {
+    const auto place_matrix = [&](QuantizedMatrix& matrix, int64_t rows, int64_t k, bool mn_major) {
       const int64_t columns = scale_columns(layer.format, k), padded = mn_major ? round_up(rows, 4) : rows;
       uint8_t *values, *scale;
       place(values, rows * k * element);
@@ -59,10 +65,12 @@ struct Intermediates {
     };
     place(expert_offsets, 4 * (layer.num_experts + 1));
     place(slot_to_row, 4 * rows);
+    place(row_to_slot, layer.gather ? 4 * rows : 0);
     place(counters, 4 * layer.sizes.sync);
     place(sort_workspace, static_cast<int64_t>(sort_slots_workspace_bytes(rows, static_cast<int32_t>(layer.num_experts))));
-    place_matrix(permuted, layer.hidden_size, false);  // K-major: the scales of a row are written together
-    place_matrix(act, layer.intermediate_size, true);  // MN-major: those of a tile's rows are
+    const int64_t tokens = !layer.gather ? rows : has_scale(layer.format) ? layer.num_tokens : 0;
+    place_matrix(permuted, tokens, layer.hidden_size, false);  // K-major: the scales of a row are written together
+    place_matrix(act, rows, layer.intermediate_size, true);  // MN-major: those of a tile's rows are
     const int64_t parts = is_gated(layer.activation.kind) ? 2 : 1;
     place(gate_up, 4 * (layer.fused ? layer.sizes.gate_up : rows * parts * layer.intermediate_size));
     uint8_t* out;
@@ -71,11 +79,13 @@ struct Intermediates {
   }
 };
 
+bool takes_acts(Format format) { return format == Format::bf16 || format == Format::fp16 || format == Format::fp8_block; }
+
 void check_gemm(const char* argument, const char* reason) {
   if (reason != nullptr) refuse(kOp, argument, "a shape that this backend runs", reason);
 }
 
-// sort_slots and permute; one launch for few slots, else two or three.
+// sort_slots and permute; one launch for few slots, else two or three. Gather: sort_slots and quantize.
 void run_permute(const Layer& layer, const Intermediates& m, const Tensor& hidden_states, const Tensor& topk_ids,
                  const std::optional<Tensor>& expert_map, const float* topk_weights) {
   SortSlotsArgs sort;
@@ -87,8 +97,20 @@ void run_permute(const Layer& layer, const Intermediates& m, const Tensor& hidde
   sort.num_rows = layer.num_rows;
   sort.expert_offsets = m.expert_offsets;
   sort.slot_to_row = m.slot_to_row;
+  sort.row_to_slot = layer.gather ? m.row_to_slot : nullptr;
   sort.cleared = m.counters;
   sort.num_cleared = layer.sizes.sync;
+  if (layer.gather) {
+    check_cuda(kOp, sort_slots(sort, m.sort_workspace, layer.stream));
+    if (!has_scale(layer.format)) return;
+    QuantizeArgs args;
+    args.input = hidden_states.data_ptr();
+    args.dtype = layer.dtype;
+    args.rows = layer.num_tokens;
+    args.format = layer.format;
+    args.out = m.permuted;
+    return check_cuda(kOp, quantize(args, layer.stream));
+  }
   PermuteArgs args;
   args.hidden_states = hidden_states.data_ptr();
   args.dtype = layer.dtype;
@@ -135,8 +157,13 @@ void run_gemms(const Layer& layer, const Intermediates& m, GroupedGemmArgs gemm1
 }
 
 // The same in one launch.
-void run_fused_gemms(const Layer& layer, const Intermediates& m, FusedGemms fused) {
+void run_fused_gemms(const Layer& layer, const Intermediates& m, const Tensor& hidden_states, FusedGemms fused) {
   set_rows(fused.gemm1, layer, m, m.permuted);
+  if (layer.gather) {
+    if (!has_scale(layer.format)) fused.gemm1.a = hidden_states.data_ptr();
+    fused.row_to_slot = m.row_to_slot;
+    fused.top_k = static_cast<int32_t>(layer.top_k);
+  }
   set_rows(fused.gemm2, layer, m, m.act);
   fused.gemm1.out = m.act.values;
   fused.gemm1.out_dtype = fused.gemm1.ab_dtype;
@@ -176,8 +203,7 @@ Tensor fused_moe_sm90(const Tensor& hidden_states, const Tensor& w13, const Tens
   const Format weight_format = parse_format(kOp, format);
   const bool packed = packing_of(w13, weight_format) != Packing::none;
   layer.format = act_format_of(w13, weight_format);
-  MOE_EXPECT(layer.format == Format::bf16 || layer.format == Format::fp16 || layer.format == Format::fp8_block, kOp, "format",
-             "bf16, fp16, fp8_block or packed nvfp4, mxfp4 or mxfp8 for this backend", format);
+  MOE_EXPECT(takes_acts(layer.format), kOp, "format", "bf16, fp16, fp8_block or packed nvfp4, mxfp4 or mxfp8 for this backend", format);
   const std::string expected_acts = packed ? "bf16" : format;
   MOE_EXPECT((act_format.empty() ? format : act_format) == expected_acts, kOp, "act_format", expected_acts << " for this backend", act_format);
   MOE_EXPECT(packing_of(w2, weight_format) == packing_of(w13, weight_format), kOp, "w2", "packed like w13", describe(w2));
@@ -223,19 +249,39 @@ Tensor fused_moe_sm90(const Tensor& hidden_states, const Tensor& w13, const Tens
   const CudaScope scope(hidden_states);
   layer.stream = scope.stream;
   layer.sizes = layer.fused ? fused_gemms_sm90_sizes(fused) : FusedGemmsSizes{2, 0};
+  layer.gather = layer.sizes.gather && !apply_router_weight_on_input && reinterpret_cast<uintptr_t>(hidden_states.data_ptr()) % 16 == 0;
   // torch's allocator reuses memory in stream order: it may go as soon as the last launch that reads it is in the stream.
   const Tensor memory = empty({Intermediates(layer, nullptr).bytes}, ScalarType::Byte, hidden_states);
   const Intermediates m(layer, static_cast<uint8_t*>(memory.data_ptr()));
   const float* weights = pointer<const float>(topk_weights);
   run_permute(layer, m, hidden_states, topk_ids, expert_map, apply_router_weight_on_input ? weights : nullptr);
-  if (layer.fused) run_fused_gemms(layer, m, fused);
+  if (layer.fused) run_fused_gemms(layer, m, hidden_states, fused);
   else run_gemms(layer, m, gemm1, gemm2);
   return run_finalize(layer, m, hidden_states, apply_router_weight_on_input ? nullptr : weights, routed_scaling_factor);
 }
 
+// The same, or None for arguments that it refuses: Python says what is wrong with them, or who else takes them.
+template <auto kFunction>
+struct Offer;
+template <typename... Args, Tensor (*kFunction)(Args...)>
+struct Offer<kFunction> {
+  static std::optional<Tensor> run(Args... args) try {
+    const auto all = std::forward_as_tuple(args...);
+    const Tensor& w13 = std::get<1>(all);
+    const std::string& format = std::get<14>(all);
+    if (!takes_acts(act_format_of(w13, parse_format(kOp, format)))) return std::nullopt;  // sooner than by an exception
+    return kFunction(args...);
+  } catch (const Refusal&) {
+    return std::nullopt;
+  }
+};
+
 }  // namespace
 }  // namespace moe
 
-STABLE_TORCH_LIBRARY_IMPL(moe, CUDA, m) { m.impl("fused_moe.cutlass_sm90", TORCH_BOX(&moe::fused_moe_sm90)); }
+STABLE_TORCH_LIBRARY_IMPL(moe, CUDA, m) {
+  m.impl("fused_moe.cutlass_sm90", TORCH_BOX(&moe::fused_moe_sm90));
+  m.impl("offer_fused_moe", TORCH_BOX(&moe::Offer<&moe::fused_moe_sm90>::run));
+}
 
 #endif  // TORCH_MOE_SM90

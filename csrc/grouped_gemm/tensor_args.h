@@ -17,12 +17,11 @@ inline DType element_dtype(ScalarType dtype) {
 // Scales may have any strides: K-major and MN-major alike.
 inline void expect_scale(const char* op, const std::string& argument, const std::optional<Tensor>& scale, std::initializer_list<Dim> dims,
                          const Tensor& like) {
-  const std::string expected = describe({ScalarType::Float}, dims, device_name(like));
-  if (!scale) refuse(op, argument.c_str(), expected, "None");
-  bool good = scale->scalar_type() == ScalarType::Float && scale->dim() == static_cast<int64_t>(dims.size()) && scale->is_cuda() &&
+  bool good = scale && has_dtype(*scale, ScalarType::Float) && scale->dim() == static_cast<int64_t>(dims.size()) && scale->is_cuda() &&
               scale->get_device_index() == like.get_device_index();
-  for (int64_t i = 0; good && i < scale->dim(); ++i) good = scale->size(i) == dims.begin()[i].size;
-  if (!good) refuse(op, argument.c_str(), expected, describe(*scale));
+  for (size_t i = 0; good && i < dims.size(); ++i) good = scale->size(static_cast<int64_t>(i)) == dims.begin()[i].size;
+  if (good) return;
+  refuse(op, argument.c_str(), describe({ScalarType::Float}, dims, device_name(like)), scale ? describe(*scale) : "None");
 }
 
 // b as pack_weight gives it: blocks that hold the scales, too.
@@ -67,9 +66,9 @@ inline GroupedGemmArgs weight_args(const char* op, const std::string& name, cons
   } else {
     MOE_EXPECT(!scale, op, (name + "_scale").c_str(), "none for this format", describe(*scale));
   }
-  const std::string global_name = name + "_global_scale";
-  MOE_EXPECT(!global_scale || args.packing == Packing::nvfp4, op, global_name.c_str(), "none for this format", describe(*global_scale));
   if (global_scale) {
+    const std::string global_name = name + "_global_scale";
+    MOE_EXPECT(args.packing == Packing::nvfp4, op, global_name.c_str(), "none for this format", describe(*global_scale));
     const bool per_part = global_scale->dim() == 2;
     if (per_part) expect_tensor(op, global_name.c_str(), *global_scale, {ScalarType::Float}, {num_experts, parts}, like);
     else expect_tensor(op, global_name.c_str(), *global_scale, {ScalarType::Float}, {num_experts}, like);
