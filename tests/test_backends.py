@@ -7,9 +7,10 @@ from itertools import product
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from moe_cases import make_moe
 
 import torch_moe_ops as moe
-from torch_moe_ops import backends
+from torch_moe_ops import _library, backends
 from torch_moe_ops.backends import CANDIDATES, GEMM_FORMATS, GEMM_OPS, Gemm, Problem, explain_problem, select
 from torch_moe_ops.formats import FORMATS
 from torch_moe_ops.meta_kernels.grouped_gemm import check_formats
@@ -303,3 +304,16 @@ def test_explain_names_what_default_calls(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(2):  # the second call remembers the first
         moe.topk(torch.randn(3, 1019), 2)
     assert called == [moe.explain("topk", device="cpu", num_experts=1019, top_k=2).problem]
+
+
+def test_default_asks_the_kernel_of_the_first_candidate_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None means that it refuses; a gradient is refused before anybody is asked."""
+    call, asked = make_moe("bf16", num_tokens=3), []
+    expected = call(torch.ops.moe.fused_moe.default)
+    answers = iter([None, expected + 1])
+    monkeypatch.setitem(_library.OFFERS, ("fused_moe", 0), lambda *args, **options: asked.append(args) or next(answers))
+    assert torch.equal(call(torch.ops.moe.fused_moe.default), expected)
+    assert torch.equal(call(torch.ops.moe.fused_moe.default), expected + 1)
+    with pytest.raises(RuntimeError, match="hidden_states: expected no grad"):
+        call.but(call.args[0].clone().requires_grad_())(torch.ops.moe.fused_moe.default)
+    assert len(asked) == 2

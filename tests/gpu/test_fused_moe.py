@@ -11,7 +11,7 @@ import re
 
 import pytest
 import torch
-from gpu_layers import DEVICE, LAYER, PACKED, layer, overload, packed, poison_free_memory, tokens, why_not, with_ids
+from gpu_layers import DEVICE, LAYER, PACKED, layer, overload, poison_free_memory, tokens, why_not, with_ids
 from moe_cases import Call, activate, make_moe
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend

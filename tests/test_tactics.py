@@ -1,0 +1,198 @@
+"""The SM90 tactics: one rule in C++ and in benchmarks/tune.py, thresholds that are what the fit gives, and the fit."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import astuple, replace
+from itertools import product
+
+import pytest
+import tune
+from expecttest import assert_expected_inline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+TABLE = tune.read_table(tune.TABLE.read_text())
+FORMATS = {elements: format for format, elements in tune.FORMATS.items()}
+NUM_SMS = 132
+
+
+def measured_facts(elements: str) -> list[tune.Facts]:
+    """The points of `tune.py measure`."""
+    return [
+        tune.Facts(elements, tokens * top_k, *sizes, NUM_SMS)
+        for (*sizes, top_k), tokens in product(tune.LAYERS, tune.TOKENS)
+    ]
+
+
+# ---- one rule --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def host():
+    return pytest.importorskip("torch_moe_ops._host", reason="needs the optional module, which is built with pybind11")
+
+
+def in_cxx(facts: tune.Facts) -> tuple[object, ...]:
+    elements, *rest = astuple(facts)
+    return (tune.ELEMENTS.index(elements), *rest)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tune.Facts:
+    """Rows close to a threshold of rows an expert as often as not."""
+    num_experts = draw(st.integers(1, 1024))
+    near = st.sampled_from([8, 12, 48]).flatmap(lambda n: st.integers(n * num_experts - 1, n * num_experts + 1))
+    return tune.Facts(
+        draw(st.sampled_from(tune.ELEMENTS)),
+        draw(near | st.integers(1, 200_000)),
+        num_experts,
+        8 * draw(st.integers(1, 2048)),
+        draw(st.sampled_from([512, 520, 4088, 4096]) | st.integers(1, 2048).map(lambda n: 8 * n)),
+        draw(st.sampled_from([NUM_SMS, 114, 78, 16])),
+        draw(st.booleans()),
+    )
+
+
+@settings(max_examples=1500, deadline=None)
+@given(facts=layers())
+def test_the_rule_is_the_same_in_cxx(host, facts: tune.Facts) -> None:
+    chosen = tune.choose_tactic(facts, TABLE[facts.elements])
+    assert host.choose_tactic(in_cxx(facts)) == chosen
+    assert chosen in host.possible_tactics(in_cxx(facts))
+
+
+@pytest.mark.parametrize("elements", tune.ELEMENTS)
+def test_what_is_timed_is_possible_and_holds_what_is_chosen(host, elements: str) -> None:
+    for facts in measured_facts(elements):
+        tactics = tune.candidates(facts)
+        assert tune.choose_tactic(facts, TABLE[elements]) in tactics
+        assert set(tactics) <= set(host.possible_tactics(in_cxx(facts)))
+
+
+def test_choices() -> None:
+    """Well-known layers (experts, hidden, intermediate, top_k). None of them is measured for the table."""
+    layers = {
+        "dsv3_tp8": (256, 7168, 256, 8),
+        "dsv3_ep8": (32, 7168, 2048, 8),
+        "qwen30b": (128, 2048, 768, 8),
+        "mixtral": (8, 4096, 14336, 2),
+        "gptoss": (128, 2880, 2880, 4),
+    }
+    assert not set(layers.values()) & set(tune.LAYERS)
+    lines = []
+    for (name, (*sizes, top_k)), tokens in product(layers.items(), (1, 8, 128, 512, 8192)):
+        facts = [tune.Facts(elements, tokens * top_k, *sizes, NUM_SMS) for elements in tune.ELEMENTS]
+        chosen = (f"{tune.choose_tactic(each, TABLE[each.elements]):<18}" for each in facts)
+        lines.append(f"{name:<9}{tokens:>5}  {''.join(chosen)}".rstrip())
+    assert_expected_inline("\n".join(lines), """\
+dsv3_tp8     1  split64           split64           split64
+dsv3_tp8     8  split128          split128          split128
+dsv3_tp8   128  gated64           gated64           gated32
+dsv3_tp8   512  gated64           gated64           gated64
+dsv3_tp8  8192  gathered128       gathered128       gathered128
+dsv3_ep8     1  split128          split128          split128
+dsv3_ep8     8  gated64           gated64           gated64
+dsv3_ep8   128  gated64           gated64           gated64
+dsv3_ep8   512  gathered128       gated128          gated128
+dsv3_ep8  8192  gathered128       gated128          gated128
+qwen30b      1  split128          split128          split128
+qwen30b      8  gated64           gated64           gated64
+qwen30b    128  gated64           gated64           gated32
+qwen30b    512  gated64           gated64           gated64
+qwen30b   8192  gathered128       gated128          gated128
+mixtral      1  split128          split128          split128
+mixtral      8  split128          split128          gated32+gemm2
+mixtral    128  gated64+gemm2     gated64+gemm2     gated64+gemm2
+mixtral    512  gathered128+gemm2 gated128+gemm2    gated128+gemm2
+mixtral   8192  gathered128       gated128          gated128
+gptoss       1  split128          split128          split128
+gptoss       8  gated64           gated64           gated32
+gptoss     128  gated64           gated64           gated32
+gptoss     512  gated64           gated64           gated64
+gptoss    8192  gathered128       gated128          gated128""")
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_what_its_reader_reads() -> None:
+    assert tune.TABLE.read_text() == tune.table_text(TABLE)
+
+
+@pytest.mark.skipif(not tune.RESULTS.exists(), reason=f"{tune.RESULTS.name} has not been measured yet")
+def test_the_table_is_what_the_fit_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(["fit", "--check"]) == 0, capsys.readouterr().out
+
+
+# ---- the fit ---------------------------------------------------------------------------------------------------------
+
+
+def made_up(elements: str, truth: tune.Constants, noise: float = 0.0) -> list[tune.Timed]:
+    """Times by which `truth` is always right: the tactics it does not choose take 10 to 30 % longer."""
+    generator, points = random.Random(0), []
+    for facts in measured_facts(elements):
+        best = tune.choose_tactic(facts, truth)
+        us = {
+            tactic: 100 * (1 if tactic == best else generator.uniform(1.1, 1.3)) * generator.uniform(1, 1 + noise)
+            for tactic in tune.candidates(facts)
+        }
+        points.append(tune.Timed(str(facts), facts, us))
+    return points
+
+
+@pytest.mark.parametrize(
+    "elements, planted",
+    [
+        ("bits16", {"split_rows": 2}),
+        ("float8", {"split_rounds": 6}),
+        ("float8", {"gated64_rows": 24}),
+        ("float8", {"gathered_row_tiles": 16}),
+        ("packed", {"gated32_rounds": 1}),
+        ("packed", {"split64_rounds": 2, "alone_rounds": 0}),
+    ],
+)
+def test_a_planted_threshold_is_found(elements: str, planted: dict[str, float]) -> None:
+    points = made_up(elements, replace(TABLE[elements], **planted))
+    assert tune.regret(points, TABLE[elements]) > tune.HYSTERESIS
+    fitted = tune.fit(elements, points, TABLE[elements])
+    assert tune.regret(points, fitted) < tune.HYSTERESIS
+    assert tune.fit(elements, points, fitted) == fitted  # what was fitted stays
+
+
+@pytest.mark.parametrize("elements", tune.ELEMENTS)
+def test_noise_does_not_move_the_table(elements: str) -> None:
+    points = made_up(elements, TABLE[elements], noise=0.02)
+    assert tune.fit(elements, points, TABLE[elements]) == TABLE[elements]
+
+
+def test_nearest_values_first() -> None:
+    assert tune.nearest_first((1, 2, 4, 8), 4) == [2, 8, 1]
+    assert tune.nearest_first((1, 2, math.inf), 3) == [2, math.inf, 1]
+
+
+def test_fit_reads_what_measure_writes(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = dict(num_experts=8, hidden_size=2048, intermediate_size=8192, top_k=2, tokens=160)
+    file, header = tmp_path / "times.jsonl", tmp_path / "table.h"
+    header.write_text(tune.table_text(TABLE))
+    with tune.ResultFile(file, {"num_sms": NUM_SMS}) as results:
+        for tactic, us in (("gated64", 200.0), ("gated64+gemm2", 100.0)):
+            results.write_record({"format": "fp8_block", **sizes, "tactic": tactic, "us": us})
+    [point] = tune.read_points(file)["float8"]
+    assert point.us == {"gated64": 200.0, "gated64+gemm2": 100.0} and point.facts.rows_an_expert == 40
+    header.write_text(tune.table_text(TABLE | {"float8": replace(TABLE["float8"], alone_rounds=0)}))
+    arguments = ["fit", str(file), "--header", str(header)]
+    assert (
+        tune.main([*arguments, "--check"]) == 1
+        and tune.main(arguments) == 0
+        and tune.main([*arguments, "--check"]) == 0
+    )
+    assert "2.0000 -> 1.0000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [(), ("measure",), ("fit",)])
+def test_help(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        tune.main([*command, "--help"])
+    assert exit.value.code == 0 and "--help" in capsys.readouterr().out
