@@ -1,8 +1,11 @@
 // act[r], act_scale[r] = quantize(activation(gate[r], up[r])) in float32, for rows r < expert_offsets[E].
 //
 // gate_up [P, 2I] by layout (gate over up halves, up over gate halves, or interleaved), or [P, I] without a gate. The
-// number of rows in use is on the device only, so a fixed grid walks them: unused rows cost nothing.
+// number of rows in use is on the device only, so a grid of resident thread blocks walks them: unused rows cost nothing.
 #include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <utility>
 
 #include "act_mul/act_mul.h"
 #include "common/arguments.h"
@@ -10,64 +13,71 @@
 #include "common/quantize.cuh"
 #include "common/stream.h"
 #include "common/tensor.h"
-#include "common/tiling.h"
 
 namespace moe {
 namespace {
 
-constexpr int kChunksPerThread = 2;  // pairs of 16-byte loads in flight
-// Thread blocks of the fixed grid: 8 resident ones for each of up to 160 SMs.
-constexpr int64_t kMaxBlocks = 8 * 160;
+constexpr int kThreads = 256;
+// Resident threads of an SM, with 64 registers each. The grid has no more, so that no last wave fills only some of the SMs.
+constexpr int kThreadsPerSm = 1024;
+// With more chunks than the GPU has threads: elements that a thread quantises and stores at once (16 of 8 bits fill a
+// 16-byte store), and bytes of its next ones that it loads meanwhile.
+template <typename T, Format kFormat>
+constexpr int kManySize = has_scale(kFormat) && sizeof(T) == 2 ? 2 * kChunk : kChunk;
+constexpr int kBytesAhead = 64;
 
-// The inputs of 8 outputs, as loaded; `second` is zero without a gate.
-template <typename T>
+// The inputs of kSize outputs, as loaded: gates and ups, or both interleaved; `second` is zero without a gate.
+template <typename T, int kSize>
 struct ChunkPair {
-  Chunk<T> first, second;
+  Chunk<T, kSize> first, second;
 };
 
-// Two loads on every path, with no branch around them, so that the pairs of a thread are all in flight together.
-template <typename T>
-__device__ __forceinline__ ChunkPair<T> load_pair(const ActMulArgs& args, int64_t row, int64_t chunk, bool vectorized) {
-  const bool gated = is_gated(args.activation.kind), interleaved = gated && args.layout == GateUpLayout::interleaved;
+__device__ __forceinline__ bool is_interleaved(const ActMulArgs& args) {
+  return is_gated(args.activation.kind) && args.layout == GateUpLayout::interleaved;
+}
+
+// Zeros unless `inside`. Two loads on every path, with no branch around them, so that all loads of a thread are in flight
+// together.
+template <typename T, int kSize>
+__device__ __forceinline__ ChunkPair<T, kSize> load_pair(const ActMulArgs& args, int64_t row, int64_t chunk, bool inside, bool vectorized) {
+  const bool gated = is_gated(args.activation.kind), interleaved = is_interleaved(args);
   const int64_t k = interleaved ? 2 * args.out.k : args.out.k;  // of the row that each load is from
   const T* first = static_cast<const T*>(args.gate_up) + row * (gated ? 2 * args.out.k : args.out.k);
   const T* second = interleaved ? first : first + k;
-  return {load_chunk(first, interleaved ? 2 * chunk : chunk, k, vectorized),
-          load_chunk(second, interleaved ? 2 * chunk + 1 : chunk, gated ? k : 0, vectorized)};
+  if (gated && args.layout == GateUpLayout::up_gate) std::swap(first, second);
+  return {load_chunk<kSize>(first, interleaved ? 2 * chunk : chunk, inside ? k : 0, vectorized),
+          load_chunk<kSize>(second, interleaved ? 2 * chunk + 1 : chunk, inside && gated ? k : 0, vectorized)};
 }
 
-// Undoes the layout: 8 gates and 8 ups.
-template <typename T>
-__device__ __forceinline__ void split(const ActMulArgs& args, const ChunkPair<T>& pair, float (&gate)[kChunk],
-                                      float (&up)[kChunk]) {
-  float first[kChunk], second[kChunk];
-  to_floats(pair.first, first);
-  to_floats(pair.second, second);
+template <typename T, int kSize>
+__device__ __forceinline__ void deinterleave(ChunkPair<T, kSize>& pair) {
+  constexpr int kWords = sizeof(pair.first) / sizeof(uint32_t);
+  const ChunkPair<T, kSize> mixed = pair;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    if (args.layout == GateUpLayout::interleaved) {
-      gate[i] = i < kChunk / 2 ? first[2 * i % kChunk] : second[2 * i % kChunk];
-      up[i] = i < kChunk / 2 ? first[(2 * i + 1) % kChunk] : second[(2 * i + 1) % kChunk];
-    } else {
-      gate[i] = args.layout == GateUpLayout::gate_up ? first[i] : second[i];
-      up[i] = args.layout == GateUpLayout::gate_up ? second[i] : first[i];
-    }
+  for (int i = 0; i < kWords; ++i) {
+    const uint32_t* words = i < kWords / 2 ? mixed.first.words : mixed.second.words;
+    const uint32_t even = words[2 * i % kWords], odd = words[2 * i % kWords + 1];
+    pair.first.words[i] = sizeof(T) == 2 ? __byte_perm(even, odd, 0x5410) : even;
+    pair.second.words[i] = sizeof(T) == 2 ? __byte_perm(even, odd, 0x7632) : odd;
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void activate_pair(const ActMulArgs& args, const ChunkPair<T>& pair, float (&y)[kChunk]) {
-  const ActivationParams& params = args.activation;
-  float gate[kChunk], up[kChunk] = {};
+template <typename T, int kSize>
+__device__ __forceinline__ void activate_pair(const ActMulArgs& args, ChunkPair<T, kSize> pair, float (&y)[kSize]) {
+  if (is_interleaved(args)) deinterleave(pair);
+  float gate[kSize], up[kSize];
+  to_floats(pair.first, gate);
+  to_floats(pair.second, up);
+  ActivationParams params = args.activation;
   auto activate_all = [&]<Activation kKind>(ActivationConstant<kKind>) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) y[i] = activate<kKind>(params, gate[i], up[i]);
+    for (int i = 0; i < kSize; ++i) y[i] = activate<kKind>(params, gate[i], up[i]);
   };
-  if (is_gated(params.kind)) {
-    split(args, pair, gate, up);
-    return with_gated_activation(params.kind, activate_all);
+  if (params.kind == Activation::silu && !params.has_limit) {
+    params.has_limit = false;  // known at compile time here: else a branch for each element
+    return activate_all(ActivationConstant<Activation::silu>{});
   }
-  to_floats(pair.first, gate);
+  if (is_gated(params.kind)) return with_gated_activation(params.kind, activate_all);
   switch (params.kind) {
     case Activation::relu2_no_mul: return activate_all(ActivationConstant<Activation::relu2_no_mul>{});
     case Activation::gelu_no_mul: return activate_all(ActivationConstant<Activation::gelu_no_mul>{});
@@ -75,40 +85,70 @@ __device__ __forceinline__ void activate_pair(const ActMulArgs& args, const Chun
   }
 }
 
-__device__ __forceinline__ int64_t rows_in_use(const ActMulArgs& args) {
-  return min(static_cast<int64_t>(args.expert_offsets[args.num_experts]), args.num_rows);
+__device__ __forceinline__ uint32_t rows_in_use(const ActMulArgs& args) {
+  return static_cast<uint32_t>(min(static_cast<int64_t>(args.expert_offsets[args.num_experts]), args.num_rows));
 }
 
-template <typename T, Format kFormat, int kChunks>
-__global__ void __launch_bounds__(kMaxThreads) act_mul_kernel(ActMulArgs args, bool vectorized) {
-  const int64_t first = first_chunk<kChunks>();
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.y;
+// Chunk `chunk` of row `row`, and a distance between two such.
+struct Place {
+  uint32_t row, chunk;
+
+  __device__ __forceinline__ Place(uint32_t index, uint32_t row_chunks) : row(index / row_chunks), chunk(index % row_chunks) {}
+
+  __device__ __forceinline__ void advance(const Place& distance, uint32_t row_chunks) {
+    row += distance.row;
+    chunk += distance.chunk;
+    if (chunk < row_chunks) return;
+    chunk -= row_chunks;
+    ++row;
+  }
+};
+
+// The chunks of all rows, one row after the other, go to the threads in turn: no lane idles because a row is short. A row
+// has row_chunks of them, a multiple of those of a scale block, which keeps a block in neighbouring lanes.
+template <typename T, Format kFormat, bool kMany>
+__global__ void __launch_bounds__(kThreads, kThreadsPerSm / kThreads)
+    act_mul_kernel(ActMulArgs args, uint32_t row_chunks, bool vectorized) {
+  constexpr int kSize = kMany ? kManySize<T, kFormat> : kChunk;
+  constexpr int kPairs = kMany ? kBytesAhead / sizeof(ChunkPair<T, kSize>) : 1;
+  vectorized = kMany || vectorized;  // known at compile time there
+  const Place stride(gridDim.x * kThreads, row_chunks);
+  Place place(blockIdx.x * kThreads + threadIdx.x, row_chunks), ahead = place;
   pdl_wait();
   pdl_launch_next();
-  vectorized = vectorized || kChunks > 1;  // known at compile time there
-  const int64_t rows = rows_in_use(args);
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < rows; row += stride) {
-    ChunkPair<T> pairs[kChunks];
+  const uint32_t rows = rows_in_use(args);
+  ChunkPair<T, kSize> next[kPairs];
+  auto load_next = [&] {
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) pairs[i] = load_pair<T>(args, row, first + i * kLanes, vectorized);
-    const float global_scale = global_scale_of_row(args.global_scale, row);
+    for (int i = 0; i < kPairs; ++i, ahead.advance(stride, row_chunks)) {
+      next[i] = load_pair<T, kSize>(args, ahead.row, ahead.chunk, ahead.row < rows, vectorized);
+    }
+  };
+  load_next();
+  while (__any_sync(kAllLanes, place.row < rows)) {
+    ChunkPair<T, kSize> pairs[kPairs];
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      float y[kChunk];
+    for (int i = 0; i < kPairs; ++i) pairs[i] = next[i];
+    load_next();
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i, place.advance(stride, row_chunks)) {
+      float y[kSize];
       activate_pair(args, pairs[i], y);
-      store_chunk<kFormat>(args.out, row, first + i * kLanes, quantize_chunk<kFormat>(y, global_scale), vectorized);
+      const float global_scale = kFormat == Format::nvfp4 ? global_scale_of_row(args.global_scale, place.row) : 1.f;
+      const QuantizedChunk<kFormat, kSize> quantized = quantize_chunk<kFormat>(y, global_scale);
+      if (place.row < rows) store_chunk<kFormat>(args.out, place.row, place.chunk, quantized, vectorized);
     }
   }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) act_mul_int8_kernel(ActMulArgs args, bool vectorized) {
+__global__ void __launch_bounds__(kThreads, kThreadsPerSm / kThreads) act_mul_int8_kernel(ActMulArgs args, bool vectorized) {
   pdl_wait();
   pdl_launch_next();
-  const int64_t rows = rows_in_use(args);
+  const uint32_t rows = rows_in_use(args);
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     quantize_row(args.out, row, vectorized, [&](int64_t chunk, float (&y)[kChunk]) {
-      activate_pair(args, load_pair<T>(args, row, chunk, vectorized), y);
+      activate_pair(args, load_pair<T, kChunk>(args, row, chunk, true, vectorized), y);
     });
   }
 }
@@ -121,17 +161,22 @@ constexpr bool kCanHold = kFormat == Format::bf16   ? !std::is_same_v<T, __half>
 
 template <typename T, Format kFormat>
 cudaError_t launch_act_mul(const ActMulArgs& args, bool vectorized, cudaStream_t stream) {
-  const int64_t chunks = ceil_div(args.out.k, kChunk);
+  int device = 0, num_sms = 0;
+  if (auto error = cudaGetDevice(&device)) return error;
+  if (auto error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device)) return error;
+  const int64_t max_threads = int64_t(kThreadsPerSm) * num_sms, chunks = ceil_div(args.out.k, kChunk);
+  auto grid = [&](int64_t blocks, int64_t threads) { return dim3(static_cast<unsigned>(std::min(blocks, max_threads / threads))); };
   if constexpr (kFormat == Format::int8) {
-    Tiling tiling = tile_whole_rows(args.num_rows, chunks);
-    tiling.grid.x = static_cast<unsigned>(std::min<int64_t>(tiling.grid.x, kMaxBlocks));
-    return launch(act_mul_int8_kernel<T>, tiling.grid, tiling.block, 0, stream, args, vectorized);
+    const int64_t threads = std::min<int64_t>(kThreads, round_up(chunks, 32));
+    return launch(act_mul_int8_kernel<T>, grid(args.num_rows, threads), dim3(static_cast<unsigned>(threads)), 0, stream, args, vectorized);
   } else {
-    Tiling tiling = tile_rows(args.num_rows, chunks, vectorized ? kChunksPerThread : 1);
-    tiling.grid.x = static_cast<unsigned>(std::min<int64_t>(tiling.grid.x, ceil_div(kMaxBlocks, tiling.grid.y)));
-    auto* kernel =
-        tiling.chunks_per_thread == 1 ? act_mul_kernel<T, kFormat, 1> : act_mul_kernel<T, kFormat, kChunksPerThread>;
-    return launch(kernel, tiling.grid, tiling.block, 0, stream, args, vectorized);
+    constexpr int kSize = kManySize<T, kFormat>;
+    const bool many = vectorized && args.out.k % kSize == 0 && args.num_rows * chunks > max_threads;
+    const int size = many ? kSize : kChunk;
+    const int64_t row_chunks = round_up(args.out.k, std::max(size, block_k(kFormat))) / size;
+    auto* kernel = many ? act_mul_kernel<T, kFormat, true> : act_mul_kernel<T, kFormat, false>;
+    return launch(kernel, grid(ceil_div(args.num_rows * row_chunks, kThreads), kThreads), dim3(kThreads), 0, stream, args,
+                  static_cast<uint32_t>(row_chunks), vectorized);
   }
 }
 

@@ -94,9 +94,10 @@ __device__ __forceinline__ uint32_t pack_e2m1(float low, float high) {
 
 // chunks
 
+// By words: the compiler would keep each element of 16 bits in a register of its own, and pack and unpack them.
 template <typename T, int kSize = kChunk>
 struct alignas(16) Chunk {
-  T x[kSize];
+  uint32_t words[kSize * sizeof(T) / sizeof(uint32_t)];
 };
 
 // 16 bytes, or zeros without reading when not inside. One predicated instruction: with a branch, the compiler waits for
@@ -125,22 +126,28 @@ __device__ __forceinline__ Chunk<T, kSize> load_chunk(const T* row, int64_t chun
     words[i] = load_16(source + i, vectorized && first < k);
   }
   if (vectorized) return result;
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+  constexpr int kPerWord = sizeof(uint32_t) / sizeof(T);
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
-    if (first + i < k) result.x[i] = row[first + i];
+    if (first + i >= k) continue;
+    result.words[i / kPerWord] |= static_cast<uint32_t>(reinterpret_cast<const Bits*>(row)[first + i]) << (32 / kPerWord * (i % kPerWord));
   }
   return result;
 }
 
 template <typename T, int kSize>
 __device__ __forceinline__ void to_floats(const Chunk<T, kSize>& chunk, float (&x)[kSize]) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // the upper half of a float: one instruction each, which to_float is not
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(&chunk);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) x[i] = __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) x[i] = to_float(chunk.x[i]);
+  for (int i = 0; i < kSize; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      x[i] = __uint_as_float(chunk.words[i]);
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // the upper half of a float: one instruction
+      x[i] = __uint_as_float(i % 2 == 0 ? chunk.words[i / 2] << 16 : chunk.words[i / 2] & 0xffff0000u);
+    } else {
+      const uint32_t word = chunk.words[i / 2];
+      x[i] = to_float(__half(__half_raw{static_cast<uint16_t>(i % 2 == 0 ? word : word >> 16)}));
+    }
   }
 }
 

@@ -2,9 +2,9 @@
 //
 // A block of 128, 32 or 16 elements lies in neighbouring lanes of a warp, one chunk each; its amax goes round by
 // shuffles, so all 32 lanes of a warp must call `quantize_chunk` together (with zeros past the end of the row), and
-// lane l must hold a chunk c with c % 32 == l. Chunks of 16 take half as many divisions and stores as two of 8. int8 has
-// one scale a row: `quantize_row` takes the whole thread block. Divisions and products are rounded explicitly, so that no
-// compiler flag or contraction changes a bit.
+// chunk c of a row must be in a lane l with l % n == c % n, n chunks a block. Chunks of 16 take half as many divisions and
+// stores as two of 8. int8 has one scale a row: `quantize_row` takes the whole thread block. Divisions and products are
+// rounded explicitly, so that no compiler flag or contraction changes a bit.
 #pragma once
 #include "common/dtypes.h"
 #include "common/formats.h"
