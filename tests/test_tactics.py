@@ -8,13 +8,13 @@ from dataclasses import astuple, replace
 from itertools import product
 
 import pytest
+import torch
 import tune
 from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 TABLE = tune.read_table(tune.TABLE.read_text())
-FORMATS = {elements: format for format, elements in tune.FORMATS.items()}
 NUM_SMS = 132
 
 
@@ -86,32 +86,35 @@ def test_choices() -> None:
         facts = [tune.Facts(elements, tokens * top_k, *sizes, NUM_SMS) for elements in tune.ELEMENTS]
         chosen = (f"{tune.choose_tactic(each, TABLE[each.elements]):<18}" for each in facts)
         lines.append(f"{name:<9}{tokens:>5}  {''.join(chosen)}".rstrip())
-    assert_expected_inline("\n".join(lines), """\
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
 dsv3_tp8     1  split64           split64           split64
 dsv3_tp8     8  split128          split128          split128
 dsv3_tp8   128  gated64           gated64           gated32
 dsv3_tp8   512  gated64           gated64           gated64
 dsv3_tp8  8192  gathered128       gathered128       gathered128
 dsv3_ep8     1  split128          split128          split128
-dsv3_ep8     8  gated64           gated64           gated64
+dsv3_ep8     8  gated64           gated64           gated32
 dsv3_ep8   128  gated64           gated64           gated64
-dsv3_ep8   512  gathered128       gated128          gated128
-dsv3_ep8  8192  gathered128       gated128          gated128
+dsv3_ep8   512  gated128          gated128          gated128
+dsv3_ep8  8192  gated128          gated128          gated128
 qwen30b      1  split128          split128          split128
 qwen30b      8  gated64           gated64           gated64
 qwen30b    128  gated64           gated64           gated32
 qwen30b    512  gated64           gated64           gated64
 qwen30b   8192  gathered128       gated128          gated128
-mixtral      1  split128          split128          split128
+mixtral      1  split128          split128          gated32+gemm2
 mixtral      8  split128          split128          gated32+gemm2
-mixtral    128  gated64+gemm2     gated64+gemm2     gated64+gemm2
-mixtral    512  gathered128+gemm2 gated128+gemm2    gated128+gemm2
-mixtral   8192  gathered128       gated128          gated128
+mixtral    128  gated64+gemm2     gated64           gated64+gemm2
+mixtral    512  gated128+gemm2    gated128          gated128+gemm2
+mixtral   8192  gated128          gated128          gated128
 gptoss       1  split128          split128          split128
-gptoss       8  gated64           gated64           gated32
+gptoss       8  gated64           gated64           gated64
 gptoss     128  gated64           gated64           gated32
 gptoss     512  gated64           gated64           gated64
-gptoss    8192  gathered128       gated128          gated128""")
+gptoss    8192  gated128          gated128          gated128""",
+    )
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -149,7 +152,7 @@ def made_up(elements: str, truth: tune.Constants, noise: float = 0.0) -> list[tu
         ("float8", {"split_rounds": 6}),
         ("float8", {"gated64_rows": 24}),
         ("float8", {"gathered_row_tiles": 16}),
-        ("packed", {"gated32_rounds": 1}),
+        ("packed", {"gated32_cost": 1.4}),
         ("packed", {"split64_rounds": 2, "alone_rounds": 0}),
     ],
 )
@@ -189,6 +192,36 @@ def test_fit_reads_what_measure_writes(tmp_path, capsys: pytest.CaptureFixture[s
         and tune.main([*arguments, "--check"]) == 0
     )
     assert "2.0000 -> 1.0000" in capsys.readouterr().out
+
+
+# ---- the script ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [None, "split64"])
+def test_measure(wrong: str | None, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where the op is the reference and knows nothing of tactics."""
+
+    def with_tactic(tactic: str, *args: object, **options: object) -> torch.Tensor:
+        return torch.ops.moe.fused_moe.reference(*args, **options) + (tactic == wrong)
+
+    def time_calls(call, inputs, replay_ms: float):
+        return 1.0, 1.0, [call(*arguments) for arguments in inputs]
+
+    monkeypatch.setattr(tune, "TOKENS", (1, 48))
+    monkeypatch.setattr(tune, "time_calls", time_calls)
+    with torch.library._scoped_library("moe", "IMPL") as library:
+        library.impl("fused_moe_with_tactic", with_tactic, "CPU")
+        tuner = tune.Tuner(tmp_path / "times.jsonl", 1.0, NUM_SMS, "cpu")
+        if wrong:
+            with pytest.raises(SystemExit, match="split64 gives other bits$"):
+                tuner.layer("fp8_block", (4, 256, 128, 2))
+            return
+        tuner.layer("fp8_block", (4, 256, 128, 2))
+    one, many = tune.read_points(tmp_path / "times.jsonl")["float8"]
+    assert set(one.us) == {"split64", "split128", "gated64"}
+    assert set(many.us) == {"split64", "split128", "gated64", "gated128", "gathered128"}
+    chosen = [line["tactic"] for line in tune.read_results(tmp_path / "times.jsonl")[1] if line["chosen"]]
+    assert chosen == ["split64", "gated64"]
 
 
 @pytest.mark.parametrize("command", [(), ("measure",), ("fit",)])

@@ -121,6 +121,11 @@ def _register_offer(op: str, backend: str, sm: int) -> None:
         OFFERS[op, sm] = _overload(f"offer_{op}", "default")
 
 
+def _define_with_tactic(op: str) -> None:
+    """`moe::{op}_with_tactic(tactic, ...)`, for benchmarks/tune.py: the SM90 kernel with that one ("": it chooses)."""
+    LIBRARY.define(f"{op}_with_tactic(str tactic, {_schema(op).removeprefix('(')}")
+
+
 def _register_backend(op: str, backend: str) -> None:
     """What runs when a backend is called by name: the same checks, in front of its kernel."""
     check, names, overload = _module("meta_kernels", op).check, _argument_names(op), _overload(op, backend)
@@ -186,5 +191,6 @@ for _op in OPS:
     for _backend in CANDIDATES[_op]:
         _register_backend(_op, _backend)
 _register_offer("fused_moe", "cutlass_sm90", 90)
+_define_with_tactic("fused_moe")
 for _backend in STAGED:
     _register_stages(_backend)

@@ -1,4 +1,5 @@
-// torch.ops.moe.fused_moe.cutlass_sm90: the whole layer in one call; and the same as an offer, for fused_moe.default.
+// torch.ops.moe.fused_moe.cutlass_sm90: the whole layer in one call; and the same as an offer, for fused_moe.default, and with a tactic by
+// name, for benchmarks/tune.py.
 //   sort_slots -> permute (+ quantise) -> both GEMMs with the activation (+ requantise) in between -> finalize
 // or, where GEMM1 gathers its tokens: sort_slots -> quantize, not for 16 bits -> both GEMMs -> finalize;
 // or, where the two GEMMs cannot be one launch (no gate, interleaved w13), GEMM1 -> act_mul -> GEMM2.
@@ -191,14 +192,26 @@ Tensor run_finalize(const Layer& layer, const Intermediates& m, const Tensor& li
   return output;
 }
 
-Tensor fused_moe_sm90(const Tensor& hidden_states, const Tensor& w13, const Tensor& w2, const Tensor& topk_weights, const Tensor& topk_ids,
-                      const std::optional<Tensor>& w13_scale, const std::optional<Tensor>& w2_scale,
-                      const std::optional<Tensor>& w13_global_scale, const std::optional<Tensor>& w2_global_scale,
-                      const std::optional<Tensor>& a13_global_scale, const std::optional<Tensor>& a2_global_scale,
-                      const std::optional<Tensor>& w13_bias, const std::optional<Tensor>& w2_bias, const std::optional<Tensor>& expert_map,
-                      const std::string& format, const std::string& act_format, const std::string& activation, double alpha, double beta,
-                      const std::optional<double>& limit, double routed_scaling_factor, bool apply_router_weight_on_input,
-                      const std::string& w13_layout) {
+// Chosen, or the one of this name.
+sm90::Tactic tactic_of(const sm90::LayerFacts& facts, const std::string& name) {
+  if (name.empty()) return sm90::choose_tactic(facts);
+  std::string names;
+  for (const sm90::Tactic& tactic : sm90::possible_tactics(facts)) {
+    if (name == sm90::tactic_name(tactic)) return tactic;
+    names += (names.empty() ? "" : ", ") + sm90::tactic_name(tactic);
+  }
+  refuse(kOp, "tactic", "one of " + names, name);
+}
+
+// tactic: empty, or the name of one for the two fused GEMMs.
+Tensor run_layer(const std::string& tactic, const Tensor& hidden_states, const Tensor& w13, const Tensor& w2, const Tensor& topk_weights,
+                 const Tensor& topk_ids, const std::optional<Tensor>& w13_scale, const std::optional<Tensor>& w2_scale,
+                 const std::optional<Tensor>& w13_global_scale, const std::optional<Tensor>& w2_global_scale,
+                 const std::optional<Tensor>& a13_global_scale, const std::optional<Tensor>& a2_global_scale,
+                 const std::optional<Tensor>& w13_bias, const std::optional<Tensor>& w2_bias, const std::optional<Tensor>& expert_map,
+                 const std::string& format, const std::string& act_format, const std::string& activation, double alpha, double beta,
+                 const std::optional<double>& limit, double routed_scaling_factor, bool apply_router_weight_on_input,
+                 const std::string& w13_layout) {
   Layer layer;
   const Format weight_format = parse_format(kOp, format);
   const bool packed = packing_of(w13, weight_format) != Packing::none;
@@ -248,8 +261,15 @@ Tensor fused_moe_sm90(const Tensor& hidden_states, const Tensor& w13, const Tens
 
   const CudaScope scope(hidden_states);
   layer.stream = scope.stream;
-  layer.sizes = layer.fused ? fused_gemms_sm90_sizes(fused) : FusedGemmsSizes{2, 0};
-  layer.gather = layer.sizes.gather && !apply_router_weight_on_input && reinterpret_cast<uintptr_t>(hidden_states.data_ptr()) % 16 == 0;
+  if (layer.fused) {
+    const bool can_gather = !apply_router_weight_on_input && reinterpret_cast<uintptr_t>(hidden_states.data_ptr()) % 16 == 0;
+    fused.tactic = tactic_of(fused_gemms_sm90_facts(fused, can_gather), tactic);
+    layer.sizes = fused_gemms_sm90_sizes(fused);
+    layer.gather = fused.tactic.tiles == sm90::Tiles::gathered128;
+  } else {
+    MOE_EXPECT(tactic.empty(), kOp, "tactic", "none where the two GEMMs cannot be one launch", tactic);
+    layer.sizes = {2, 0};
+  }
   // torch's allocator reuses memory in stream order: it may go as soon as the last launch that reads it is in the stream.
   const Tensor memory = empty({Intermediates(layer, nullptr).bytes}, ScalarType::Byte, hidden_states);
   const Intermediates m(layer, static_cast<uint8_t*>(memory.data_ptr()));
@@ -260,17 +280,20 @@ Tensor fused_moe_sm90(const Tensor& hidden_states, const Tensor& w13, const Tens
   return run_finalize(layer, m, hidden_states, apply_router_weight_on_input ? nullptr : weights, routed_scaling_factor);
 }
 
-// The same, or None for arguments that it refuses: Python says what is wrong with them, or who else takes them.
+// The ops that take a layer's arguments alone; the tactic is chosen.
 template <auto kFunction>
-struct Offer;
-template <typename... Args, Tensor (*kFunction)(Args...)>
-struct Offer<kFunction> {
-  static std::optional<Tensor> run(Args... args) try {
+struct Chosen;
+template <typename... Args, Tensor (*kFunction)(const std::string&, Args...)>
+struct Chosen<kFunction> {
+  static Tensor run(Args... args) { return kFunction({}, args...); }
+
+  // Or None for arguments that it refuses: Python says what is wrong with them, or who else takes them.
+  static std::optional<Tensor> offer(Args... args) try {
     const auto all = std::forward_as_tuple(args...);
     const Tensor& w13 = std::get<1>(all);
     const std::string& format = std::get<14>(all);
     if (!takes_acts(act_format_of(w13, parse_format(kOp, format)))) return std::nullopt;  // sooner than by an exception
-    return kFunction(args...);
+    return run(args...);
   } catch (const Refusal&) {
     return std::nullopt;
   }
@@ -280,8 +303,9 @@ struct Offer<kFunction> {
 }  // namespace moe
 
 STABLE_TORCH_LIBRARY_IMPL(moe, CUDA, m) {
-  m.impl("fused_moe.cutlass_sm90", TORCH_BOX(&moe::fused_moe_sm90));
-  m.impl("offer_fused_moe", TORCH_BOX(&moe::Offer<&moe::fused_moe_sm90>::run));
+  m.impl("fused_moe.cutlass_sm90", TORCH_BOX(&moe::Chosen<&moe::run_layer>::run));
+  m.impl("offer_fused_moe", TORCH_BOX(&moe::Chosen<&moe::run_layer>::offer));
+  m.impl("fused_moe_with_tactic", TORCH_BOX(&moe::run_layer));
 }
 
 #endif  // TORCH_MOE_SM90

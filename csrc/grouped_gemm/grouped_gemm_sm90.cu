@@ -1,6 +1,4 @@
-// SM90 grouped GEMM: what it can run, which tile configuration it takes, and the entry points.
-#include <algorithm>
-
+// SM90 grouped GEMM: what it can run, and the entry points.
 #include "grouped_gemm/launch_sm90.cuh"
 
 namespace moe {
@@ -14,13 +12,6 @@ EncodeTensorMap encode_tensor_map() {
     return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTensorMap>(symbol) : nullptr;
   }();
   return function;
-}
-
-int32_t choose_tile_rows(int64_t num_rows, int32_t num_experts, int32_t part_rows, int32_t parts, int32_t num_sms) {
-  const int64_t token_tiles = max_token_tiles(num_rows, num_experts);
-  const int64_t tiles256 = token_tiles * parts * ((part_rows + 255) / 256), tiles128 = token_tiles * parts * ((part_rows + 127) / 128);
-  if (tiles256 >= 8 * num_sms) return 256;   // enough of them: the last round is a small part of all
-  return tiles128 >= num_sms ? 128 : 64;     // decode: more thread blocks pull more bytes
 }
 
 }  // namespace sm90
@@ -85,11 +76,19 @@ const char* fused_gemms_sm90_why_not(const GroupedGemmArgs& gemm1, const Grouped
   return nullptr;
 }
 
-FusedGemmsSizes fused_gemms_sm90_sizes(const FusedGemms& f) {
+sm90::LayerFacts fused_gemms_sm90_facts(const FusedGemms& f, bool can_gather) {
+  using sm90::Elements;
   int num_sms = 0;
-  if (count_sms(&num_sms) != cudaSuccess) return {};
+  if (count_sms(&num_sms) != cudaSuccess) num_sms = 0;  // the launch will say so
+  const Elements elements = f.gemm1.packing != Packing::none         ? Elements::packed
+                            : f.gemm1.ab_dtype == DType::float8_e4m3 ? Elements::float8
+                                                                     : Elements::bits16;
+  return {elements, f.gemm1.num_rows, f.gemm1.num_experts, f.gemm2.n, f.gemm2.k, num_sms, can_gather};
+}
+
+FusedGemmsSizes fused_gemms_sm90_sizes(const FusedGemms& f) {
   return with_element(f.gemm1, [&]<class Element, Packing kPacking>() {
-    return sm90::with_fused_config<Element, kPacking>(f, num_sms, [&]<class C>() { return sm90::fused_sizes<C>(f); });
+    return sm90::with_fused_config<Element, kPacking>(f.tactic.tiles, [&]<class C>() { return sm90::fused_sizes<C>(f); });
   });
 }
 

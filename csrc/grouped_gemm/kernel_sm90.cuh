@@ -85,7 +85,9 @@ struct Config {
   // Registers a thread, moved from producers to consumers. The three warpgroups start with 168 each (80 with two thread blocks an SM) and
   // share exactly that: asking for more waits for ever.
   static constexpr bool kRebalanceRegisters = kWarpgroups == 2 && kThreads == 384;
-  static constexpr int kProducerRegisters = kBlocksPerSm == 2 ? 48 : kCanGather ? 72 : 56, kConsumerRegisters = kBlocksPerSm == 2 ? 96 : kCanGather ? 216 : 224;
+  static constexpr bool kBusyProducers = kFloat8 || kCanGather;  // 56 registers would be too few for them
+  static constexpr int kProducerRegisters = kBlocksPerSm == 2 ? 48 : kBusyProducers ? 72 : 56;
+  static constexpr int kConsumerRegisters = kBlocksPerSm == 2 ? 96 : kBusyProducers ? 216 : 224;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (kBlocksPerSm == 2 ? 80 : 168));
   static_assert(!kPacked || sizeof(Element) == 2);
   static_assert(kBlocksPerSm == 1 || kMaxTokens == 32);

@@ -2,7 +2,6 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 
 #include "common/dtypes.h"
 #include "common/launch.h"
@@ -97,19 +96,11 @@ cudaError_t launch_plain(const GroupedGemmArgs& args, int32_t* tile_counter, int
 // cache line of its own, so that those who wait do not slow down those who draw.
 constexpr int64_t kCounterLine = 128 / sizeof(int32_t);
 
-// Whether GEMM1 had better gather its tokens than read permuted ones. That saves writing and reading those; but every row tile copies its
-// tokens anew by instructions, where TMA takes permuted ones, and the consumers wait for a fence (which 16 bits do not notice).
-template <class C>
-bool gathers(const FusedGemms& f) {
-  const int64_t row_tiles = (f.gemm2.k + C::kWaveRows - 1) / C::kWaveRows;
-  return C::kCanGather && (row_tiles <= 4 || !(C::kFloat8 || C::kPacked));
-}
-
 template <class C>
 FusedGemmsSizes fused_sizes(const FusedGemms& f) {
   const int64_t token_tiles = max_token_tiles(f.gemm1.num_rows, f.gemm1.num_experts, C::kMaxTokens);
   const int64_t arrived = C::kSplit ? token_tiles * ((f.gemm2.k + 127) / 128) : 0;
-  return {2 * kCounterLine + round_up(token_tiles, kCounterLine) + arrived, C::kSplit ? f.gemm1.num_rows * f.gemm1.n : 0, gathers<C>(f)};
+  return {2 * kCounterLine + round_up(token_tiles, kCounterLine) + arrived, C::kSplit ? f.gemm1.num_rows * f.gemm1.n : 0};
 }
 
 template <class C>
@@ -148,7 +139,7 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
     p.gemm[0].out_stride = p.gemm[0].part_rows;
   }
   const int64_t tiles1 = token_tiles * ((p.gemm[0].part_rows * 2 + C::kRows - 1) / C::kRows), tiles2 = token_tiles * row_tiles<C>(p.gemm[1]);
-  if (C::kGated && tiles2 < 4 * num_sms && f.gemm2.k >= 4096) {  // few and long: smaller tiles, in a launch of its own, end together
+  if (f.tactic.gemm2_alone) {
     p.num_gemms = 1;
     if (auto e = launch_kernel<C>(p, tiles1, num_sms, stream)) return e;
     return grouped_gemm_sm90_counted(f.gemm2, p.all_ready, stream);
@@ -156,34 +147,18 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   return launch_kernel<C>(p, tiles1 + tiles2, num_sms, stream);
 }
 
-// num_rows / num_experts is the mean number of tokens per expert (under expert parallelism more than that). Up to 48,
-// hardly any expert has more than 64.
-inline bool few_tokens(const GroupedGemmArgs& args) { return args.num_rows <= 48 * int64_t(args.num_experts); }
-
-// Of packed weights, where hardly any expert has more than 32 tokens, and two thread blocks share an SM.
-inline bool small_experts(const GroupedGemmArgs& args) { return args.num_rows <= 12 * int64_t(args.num_experts); }
-
-// How many experts are hit if every row draws one at random.
-inline double expected_hit(const GroupedGemmArgs& args) { return args.num_experts * (1 - std::exp(-double(args.num_rows) / args.num_experts)); }
-
-// Calls f.operator()<Config>() with the configuration for two fused GEMMs. Split where tiles of 256 weight rows are too few to keep
-// the memory busy (DeepSeek-V3 TP8 at one token has 16 of them in GEMM1, Mixtral 32 in GEMM2) and an expert has few tokens.
+// Calls f.operator()<Config>() with the configuration of two fused GEMMs; `tiles` are possible ones (is_possible).
 template <class Element, Packing kPacking, class F>
-auto with_fused_config(const FusedGemms& fused, int num_sms, F&& f) {
-  const GroupedGemmArgs &gemm1 = fused.gemm1, &gemm2 = fused.gemm2;
-  const double hit = expected_hit(gemm1);
-  auto tiles = [&](int64_t rows, int64_t tile_rows) { return hit * double((rows + tile_rows - 1) / tile_rows); };
-  if constexpr (kPacking != Packing::none) {
-    // Two thread blocks an SM, where that does not cost a round of tiles.
-    if (tiles(gemm1.n, 256) >= 3.5 * num_sms && small_experts(gemm1))
-      return f.template operator()<Config<Element, 32, 2, 2, Mode::gated, kPacking, 2>>();
+auto with_fused_config(Tiles tiles, F&& f) {
+  switch (tiles) {
+    case Tiles::split64: return f.template operator()<Config<Element, 32, 1, 1, Mode::split, kPacking>>();
+    case Tiles::split128: return f.template operator()<Config<Element, 32, 2, 1, Mode::split, kPacking>>();
+    case Tiles::gated32:
+      if constexpr (kPacking != Packing::none) return f.template operator()<Config<Element, 32, 2, 2, Mode::gated, kPacking, 2>>();
+      [[fallthrough]];
+    case Tiles::gated64: return f.template operator()<Config<Element, 64, 2, 2, Mode::gated, kPacking>>();
+    default: return f.template operator()<Config<Element, 128, 2, 2, Mode::gated, kPacking>>();  // gated128, gathered128
   }
-  const bool split = gemm1.num_rows <= 8 * int64_t(gemm1.num_experts) && std::min(tiles(gemm1.n, 256), tiles(gemm2.n, 256)) < 2 * num_sms;
-  if (split)
-    return tiles(gemm1.n, 128) < num_sms / 2 ? f.template operator()<Config<Element, 32, 1, 1, Mode::split, kPacking>>()
-                                             : f.template operator()<Config<Element, 32, 2, 1, Mode::split, kPacking>>();
-  if (few_tokens(gemm1)) return f.template operator()<Config<Element, 64, 2, 2, Mode::gated, kPacking>>();
-  return f.template operator()<Config<Element, 128, 2, 2, Mode::gated, kPacking>>();
 }
 
 // One translation unit per element type and packing defines these. rows: choose_tile_rows().
@@ -195,21 +170,22 @@ cudaError_t launch_fused_element(const FusedGemms&, int num_sms, cudaStream_t);
 template <class Element, Packing kPacking>
 cudaError_t launch_element_impl(int32_t rows, const GroupedGemmArgs& args, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
   if constexpr (kPacking != Packing::none)
-    if (small_experts(args))
+    if (very_few_tokens(args.num_rows, args.num_experts))
       return rows == 64 ? launch_plain<Config<Element, 32, 1, 1, Mode::plain, kPacking, 2>>(args, tile_counter, num_sms, stream)
                         : launch_plain<Config<Element, 32, 2, 1, Mode::plain, kPacking, 2>>(args, tile_counter, num_sms, stream);
   switch (rows) {
     case 64: return launch_plain<Config<Element, 64, 1, 1, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
     case 128: return launch_plain<Config<Element, 128, 2, 1, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
     default:
-      return few_tokens(args) ? launch_plain<Config<Element, 64, 2, 2, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream)
-                              : launch_plain<Config<Element, 128, 2, 2, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
+      return few_tokens(args.num_rows, args.num_experts)
+                 ? launch_plain<Config<Element, 64, 2, 2, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream)
+                 : launch_plain<Config<Element, 128, 2, 2, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
   }
 }
 
 template <class Element, Packing kPacking>
 cudaError_t launch_fused_element_impl(const FusedGemms& f, int num_sms, cudaStream_t stream) {
-  return with_fused_config<Element, kPacking>(f, num_sms, [&]<class C>() { return launch_fused<C>(f, num_sms, stream); });
+  return with_fused_config<Element, kPacking>(f.tactic.tiles, [&]<class C>() { return launch_fused<C>(f, num_sms, stream); });
 }
 
 }  // namespace moe::sm90

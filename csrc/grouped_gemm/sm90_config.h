@@ -1,9 +1,10 @@
-// What the SM90 grouped GEMM is made from: kernel parameters and the tactic (a pure function).
+// What the SM90 grouped GEMM is made from: the fused pair of GEMMs, and kernel parameters.
 #pragma once
 #include <cuda.h>
 
 #include "common/activation.h"
 #include "grouped_gemm/grouped_gemm.h"
+#include "grouped_gemm/tactics_sm90.h"
 
 namespace moe {
 
@@ -15,11 +16,13 @@ cudaError_t grouped_gemm_sm90_counted(const GroupedGemmArgs&, int32_t* tile_coun
 // gemm1.out is act [num_rows, n / 2] = gemm2.a, and gemm2.a_scale.data is where its scales (float8) are written and read.
 struct FusedGemms {
   GroupedGemmArgs gemm1, gemm2;
+  sm90::Tactic tactic;       // a possible one: see fused_gemms_sm90_facts
   ActivationParams activation;
   int32_t gate_part = 0;     // which of the two parts of w13 is the gate (0: gate_up, 1: up_gate)
   float* gate_up = nullptr;  // [num_rows, n] of gemm1, for few rows (see fused_gemms_sm90_sizes)
   int32_t* sync = nullptr;   // counters: must be 0; the launch leaves them used up
-  // GEMM1 gathers: its row r is row row_to_slot[r] / top_k of gemm1.a, whose scales are K-major. Or null; see FusedGemmsSizes::gather.
+  // GEMM1 gathers: its row r is row row_to_slot[r] / top_k of gemm1.a, whose scales are K-major. Or null: all tactics
+  // but gathered128.
   const int32_t* row_to_slot = nullptr;
   int32_t top_k = 0;
   // Few slots: what sort_slots sorts, complete before the kernel before this one started; or null. Then this kernel counts them while
@@ -30,12 +33,12 @@ struct FusedGemms {
   int32_t num_global_experts = 0;
 };
 struct FusedGemmsSizes {
-  int64_t sync = 0;      // int32 counters
-  int64_t gate_up = 0;   // floats, 0 where gate and up meet in one tile
-  bool gather = false;   // whether GEMM1 had better gather its tokens than read permuted ones
+  int64_t sync = 0;     // int32 counters
+  int64_t gate_up = 0;  // floats, 0 where gate and up meet in one tile
 };
 const char* fused_gemms_sm90_why_not(const GroupedGemmArgs& gemm1, const GroupedGemmArgs& gemm2);
-FusedGemmsSizes fused_gemms_sm90_sizes(const FusedGemms&);  // a pure function of the sizes and dtypes in it
+sm90::LayerFacts fused_gemms_sm90_facts(const FusedGemms&, bool can_gather);  // what sm90::choose_tactic takes
+FusedGemmsSizes fused_gemms_sm90_sizes(const FusedGemms&);                    // a pure function of the sizes, dtypes and tactic in it
 cudaError_t fused_gemms_sm90(const FusedGemms&, cudaStream_t stream);
 
 namespace sm90 {
@@ -45,15 +48,6 @@ namespace sm90 {
 //   split: few rows. Tiles of 64 or 128 weight rows, so that more SMs read weights, write float32 gate_up; whoever completes the
 //          last tile of a 128-channel group does its activation.
 enum class Mode { plain, gated, split };
-
-// Weight rows of a plain tile: 64, 128 or 256. Its tokens (8, 16, .. 128) follow each expert's count, on the device.
-int32_t choose_tile_rows(int64_t num_rows, int32_t num_experts, int32_t part_rows, int32_t parts, int32_t num_sms);
-
-// No more token tiles can exist: every expert hit starts one, and `tile_tokens` further rows start another.
-constexpr int64_t max_token_tiles(int64_t num_rows, int32_t num_experts, int32_t tile_tokens = 128) {
-  const int64_t hit = num_rows < num_experts ? num_rows : num_experts;
-  return hit + (num_rows - hit) / tile_tokens;
-}
 
 struct GemmParams {
   CUtensorMap weights;             // (k, part_rows, num_experts * parts), box 128 bytes x rows of a wave

@@ -1,24 +1,29 @@
-// torch_moe_ops._host, for tests without a GPU: CuTe's own layout of block scales, and the kernels' device code
-// compiled for the CPU. Optional (it needs pybind11), free of torch.
+// torch_moe_ops._host, for tests without a GPU: CuTe's own layout of block scales, the kernels' device code compiled
+// for the CPU, and the choice of SM90 tactics. Optional (it needs pybind11), free of torch.
 //
 //   cute_scale_offsets(block_k, rows, columns)   byte of each scale (m, k) in CUTLASS's layout, int32 [rows, columns]
 //   cute_scale_cosize(block_k, rows, columns)    bytes that layout takes
 //   pack_scale(layout, scale, rows, columns, expert_offsets)      what each thread of the CUDA kernels does, one by one;
 //   unpack_scale(layout, packed, rows, columns, expert_offsets)   layout by its number, expert_offsets may be empty
 //   quantize_block(format, x, global_scale)      common/quantize.cuh: float32 [n] -> (value bytes, stored scale)
+//   choose_tactic(facts), possible_tactics(facts)  grouped_gemm/tactics_sm90.h: facts as (elements by number, num_rows,
+//                                                  num_experts, hidden_size, intermediate_size, num_sms, can_gather)
 //   read_block_scaled(format, ...)               what a block-scaled grouped GEMM reads (block_scaled.cpp)
 // Arrays come and go as bytes.
 #include "host/device_shims.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cutlass/detail/sm100_blockscaled_layout.hpp>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "common/quantize.cuh"
 #include "common/scale_layouts.h"
+#include "grouped_gemm/tactics_sm90.h"
 
 namespace py = pybind11;
 
@@ -143,15 +148,33 @@ std::pair<py::bytes, uint32_t> quantize_block(const std::string& format, const s
   throw py::value_error("quantize_block: format: expected a quantised format, got " + format);
 }
 
+using Facts = std::tuple<int, int64_t, int32_t, int64_t, int64_t, int32_t, bool>;
+
+moe::sm90::LayerFacts layer_facts(const Facts& facts) {
+  return std::apply([](int elements, auto... rest) { return moe::sm90::LayerFacts{moe::sm90::Elements(elements), rest...}; }, facts);
+}
+
+std::string choose_tactic(const Facts& facts) {
+  return moe::sm90::tactic_name(moe::sm90::choose_tactic(layer_facts(facts)));
+}
+
+std::vector<std::string> possible_tactics(const Facts& facts) {
+  std::vector<std::string> names;
+  for (const auto& tactic : moe::sm90::possible_tactics(layer_facts(facts))) names.push_back(moe::sm90::tactic_name(tactic));
+  return names;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, module) {
   using namespace py::literals;
-  module.doc() = "CuTe's layout of block scales, and device code of the kernels, on the CPU (for tests).";
+  module.doc() = "CuTe's layout of block scales, device code of the kernels, and the choice of tactics, on the CPU (for tests).";
   module.def("cute_scale_offsets", &cute_scale_offsets, "block_k"_a, "rows"_a, "columns"_a);
   module.def("cute_scale_cosize", &cute_scale_cosize, "block_k"_a, "rows"_a, "columns"_a);
   module.def("pack_scale", &move_scales<true>, "layout"_a, "scale"_a, "rows"_a, "columns"_a, "expert_offsets"_a);
   module.def("unpack_scale", &move_scales<false>, "layout"_a, "packed"_a, "rows"_a, "columns"_a, "expert_offsets"_a);
   module.def("quantize_block", &quantize_block, "format"_a, "x"_a, "global_scale"_a = 1.f);
+  module.def("choose_tactic", &choose_tactic, "facts"_a);
+  module.def("possible_tactics", &possible_tactics, "facts"_a);
   bind_block_scaled(module);
 }

@@ -177,7 +177,9 @@ def floor_us(weight_bytes: float, flops: float, experts: Experts) -> float | Non
     return max(weight_bytes / tbps / 1e6, flops / tflops[bits] / 1e6)
 
 
-def time_calls(call: Callable[..., object], inputs: Sequence[Sequence[object]]) -> tuple[float, float, list]:
+def time_calls(
+    call: Callable[..., object], inputs: Sequence[Sequence[object]], replay_ms: float = REPLAY_MS
+) -> tuple[float, float, list]:
     """call(*inputs[i]) for each i -> (median us of a call, the fastest, the outputs of the last replay)."""
     if not torch.cuda.is_available():
         return _time_on_cpu(call, inputs)
@@ -195,7 +197,7 @@ def time_calls(call: Callable[..., object], inputs: Sequence[Sequence[object]]) 
     for _ in range(2):
         graph.replay()
     first_ms = _replay_ms(graph, 1)[0]
-    count = int(min(40, max(5, REPLAY_MS / max(first_ms, 1e-3))))
+    count = int(min(40, max(5, replay_ms / max(first_ms, 1e-3))))
     us = [1e3 * ms / len(inputs) for ms in _replay_ms(graph, count)]
     return statistics.median(us), min(us), outputs
 

@@ -53,12 +53,12 @@ class ResultFile:
 
     def __init__(self, path: Path | None, header: dict[str, object]) -> None:
         self.file = None if path is None else path.open("w")
-        self._write(header)
+        self.write_record(header)
 
     def write(self, point: Point) -> None:
-        self._write(point.record())
+        self.write_record(point.record())
 
-    def _write(self, record: dict[str, object]) -> None:
+    def write_record(self, record: dict[str, object]) -> None:
         if self.file is not None:
             print(json.dumps(record), file=self.file, flush=True)
 

@@ -1,0 +1,391 @@
+#!/usr/bin/env python3
+"""Fits the thresholds of the SM90 tactics, csrc/grouped_gemm/tactics_table_sm90.h, to times of made-up layers.
+
+    python benchmarks/tune.py measure --json FILE     on a GPU: times every tactic that could be the best one
+    python benchmarks/tune.py fit FILE                anywhere: shows the fit and writes the table
+    python benchmarks/tune.py fit FILE --check        writes nothing; exit status 1 if that would change the table
+
+The rule (`choose_tactic`, the same as in tactics_sm90.h) knows no layer. Its thresholds are ratios, such as rows an
+expert and tiles an SM, so a layer that nobody has measured is treated like a measured one of the same ratios. The
+measured layers are none of the benchmark's.
+
+The fit starts from the table and changes one threshold at a time, the one that helps the most, for as long as that
+lowers the geometric mean of time(chosen) / time(best) by more than 0.25 %: less than that is noise. So a table that was
+fitted is a fixed point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torch_moe_ops.cli import _layer
+from torch_moe_ops.cli.bench.measure import time_calls
+from torch_moe_ops.cli.bench.results import ResultFile, environment, read_results
+from torch_moe_ops.experts import Experts
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results/h200_tactics.jsonl"
+TABLE = ROOT / "csrc/grouped_gemm/tactics_table_sm90.h"
+
+ELEMENTS = ("bits16", "float8", "packed")  # as in C++
+FORMATS = {"bf16": "bits16", "fp8_block": "float8", "nvfp4": "packed"}  # what is measured -> which table it decides
+TILES = {"split64": 32, "split128": 32, "gated32": 32, "gated64": 64, "gated128": 128, "gathered128": 128}  # tokens
+ALONE = "+gemm2"
+LAYERS = (  # experts, hidden, intermediate, top_k
+    (64, 4096, 512, 4),
+    (16, 3072, 4096, 2),
+    (192, 2560, 640, 6),
+    (48, 5120, 2048, 8),
+    (8, 2048, 8192, 2),
+    (256, 3584, 256, 8),
+    (128, 7168, 384, 8),
+    (12, 3584, 14336, 2),
+)
+TOKENS = (1, 4, 16, 48, 160, 512, 1536, 5120)
+HYSTERESIS = 1.0025  # the mean over 64 points of timings that repeat to 1 % is known to about 0.1 %
+UNMEASURED = 2.0  # times the best: what a tactic counts that was not measured because it is hopeless
+
+
+# ---- the rule --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a layer before it runs (LayerFacts in C++)."""
+
+    elements: str
+    num_rows: int
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    num_sms: int
+    can_gather: bool = True
+
+    @property
+    def rows_an_expert(self) -> float:
+        return self.num_rows / self.num_experts
+
+
+def threshold(comment: str, *values: float) -> float:
+    """A field: its comment in C++, and the values that the fit tries."""
+    return field(metadata={"comment": comment, "values": values})
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The thresholds of one kind of elements (TacticConstants in C++)."""
+
+    split_rows: float = threshold("split up to this many rows an expert,", 1, 2, 4, 6, 8, 12, 16, 24)
+    split_rounds: float = threshold(
+        "and if the GEMM with fewer tiles of 256 rows has fewer than this many an SM;", 0.5, 1, 1.5, 2, 2.5, 3, 4, 6, 8
+    )
+    split64_rounds: float = threshold(
+        "of 64 rows if GEMM1 has fewer than this many tiles of 128 rows an SM", 0, 0.25, 0.4, 0.5, 0.75, 1, 1.5, 2, 4
+    )
+    gated32_rows: float = threshold("packed: gated32 up to this many rows an expert,", 2, 4, 8, 12, 16, 20, 24)
+    gated32_cost: float = threshold(
+        "and if a round of two thread blocks an SM, at this cost of one, saves rounds",
+        *(1, 1.2, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9),
+    )
+    gated64_rows: float = threshold("gated64 up to this many rows an expert", 12, 16, 24, 32, 40, 48, 56, 64, 80, 96)
+    gathered_row_tiles: float = threshold(
+        "then tokens are gathered up to this many row tiles of GEMM1", 0, 1, 2, 4, 5, 8, 16, 32, 64, math.inf
+    )
+    alone_rounds: float = threshold("gated: GEMM2 alone with fewer tiles an SM than this,", 0, 1, 2, 3, 4, 6, 8, 12)
+    alone_k_blocks: float = threshold("if its K has at least this many blocks of 128", 8, 16, 24, 32, 48, 64, 96)
+
+
+def choose_tiles(facts: Facts, constants: Constants) -> str:
+    hit = facts.num_experts * (1 - math.exp(-facts.num_rows / facts.num_experts))
+    gemm1 = 2 * facts.intermediate_size
+
+    def tiles(weight_rows: int, tile_rows: int) -> float:
+        return hit * math.ceil(weight_rows / tile_rows)
+
+    def rounds(thread_blocks: int) -> float:
+        return math.ceil(tiles(gemm1, 256) / thread_blocks)
+
+    def rows_an_expert_up_to(rows: float) -> bool:
+        return facts.num_rows <= rows * facts.num_experts
+
+    if (
+        facts.elements == "packed"
+        and rows_an_expert_up_to(constants.gated32_rows)
+        and constants.gated32_cost * rounds(2 * facts.num_sms) < rounds(facts.num_sms)
+    ):
+        return "gated32"
+    fewest = min(tiles(gemm1, 256), tiles(facts.hidden_size, 256))
+    if rows_an_expert_up_to(constants.split_rows) and fewest < constants.split_rounds * facts.num_sms:
+        return "split64" if tiles(gemm1, 128) < constants.split64_rounds * facts.num_sms else "split128"
+    if rows_an_expert_up_to(constants.gated64_rows):
+        return "gated64"
+    gathers = math.ceil(facts.intermediate_size / 128) <= constants.gathered_row_tiles
+    return "gathered128" if facts.can_gather and gathers else "gated128"
+
+
+def gemm2_tiles(facts: Facts, tiles: str) -> int:
+    hit = min(facts.num_rows, facts.num_experts)
+    return (hit + (facts.num_rows - hit) // TILES[tiles]) * math.ceil(facts.hidden_size / 256)
+
+
+def choose_tactic(facts: Facts, constants: Constants) -> str:
+    tiles = choose_tiles(facts, constants)
+    alone = (
+        not tiles.startswith("split")
+        and gemm2_tiles(facts, tiles) < constants.alone_rounds * facts.num_sms
+        and facts.intermediate_size >= constants.alone_k_blocks * 128
+    )
+    return tiles + ALONE if alone else tiles
+
+
+def candidates(facts: Facts) -> list[str]:
+    """The tactics worth timing. The others are hopeless: an expert has several token tiles of small ones, or no tokens
+    for large ones; GEMM2 alone costs a launch, and gains nothing where tiles are many or short."""
+    tactics = []
+    for tiles, tokens in TILES.items():
+        if tiles == "gated32" and facts.elements != "packed":
+            continue
+        if facts.rows_an_expert > 1.5 * tokens if tokens < 128 else facts.rows_an_expert < 8:
+            continue
+        tactics.append(tiles)
+        few = gemm2_tiles(facts, tiles) < 12 * facts.num_sms and facts.intermediate_size >= 1024
+        if few and not tiles.startswith("split"):
+            tactics.append(tiles + ALONE)
+    return tactics
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+HEADER = """\
+// Written by benchmarks/tune.py from benchmarks/results/h200_tactics.jsonl; do not edit.
+#pragma once
+#include <limits>
+
+namespace moe::sm90 {{
+
+constexpr double kAlways = std::numeric_limits<double>::infinity();
+
+// Where choose_tactic changes its mind. "Tiles an SM" are those of the experts that are likely to be hit.
+struct TacticConstants {{
+{fields}
+}};
+
+{tables}
+
+}}  // namespace moe::sm90
+"""
+
+
+def table_text(table: dict[str, Constants]) -> str:
+    width = max(len(f.name) for f in fields(Constants))
+    declared = (f"  double {f.name + ';':<{width + 1}}  // {f.metadata['comment']}" for f in fields(Constants))
+    return HEADER.format(fields="\n".join(declared), tables="\n".join(map(_table_line, table, table.values())))
+
+
+def _table_line(elements: str, constants: Constants) -> str:
+    values = ", ".join(f".{f.name} = {_number(getattr(constants, f.name))}" for f in fields(Constants))
+    head, tail = values.split(", .gated64_rows", 1)
+    return f"constexpr TacticConstants {_name(elements)} = {{\n    {head},\n    .gated64_rows{tail}}};"
+
+
+def _name(elements: str) -> str:
+    return f"k{elements[0].upper()}{elements[1:]}Tactics"
+
+
+def _number(value: float) -> str:
+    return "kAlways" if value == math.inf else f"{value:g}"
+
+
+def read_table(text: str) -> dict[str, Constants]:
+    """What `table_text` has written."""
+    table = {}
+    for elements in ELEMENTS:
+        [body] = re.findall(rf"TacticConstants {_name(elements)} = {{(.*?)}};", text, re.DOTALL)
+        values = re.findall(r"\.(\w+) = (\S+?)(?:,|$)", body)
+        table[elements] = Constants(**{name: math.inf if x == "kAlways" else float(x) for name, x in values})
+    return table
+
+
+# ---- the fit ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One layer at one number of tokens: what each tactic takes, in us."""
+
+    what: str
+    facts: Facts
+    us: dict[str, float]
+
+    def regret(self, constants: Constants) -> float:
+        """time(chosen) / time(best)"""
+        best = min(self.us.values())
+        return self.us.get(choose_tactic(self.facts, constants), UNMEASURED * best) / best
+
+
+def regret(points: Sequence[Timed], constants: Constants) -> float:
+    return statistics.geometric_mean(point.regret(constants) for point in points)
+
+
+def neighbours(elements: str, constants: Constants) -> Iterator[Constants]:
+    """Every other value of one threshold; those next to the present one first."""
+    for f in fields(Constants):
+        if f.name.startswith("gated32") and elements != "packed":
+            continue
+        for value in nearest_first(f.metadata["values"], getattr(constants, f.name)):
+            yield replace(constants, **{f.name: value})
+
+
+def nearest_first(values: Sequence[float], now: float) -> list[float]:
+    """The values other than the present one, by the number of steps from there."""
+    order = sorted({*values, now})
+    return sorted(order, key=lambda value: abs(order.index(value) - order.index(now)))[1:]
+
+
+def fit(elements: str, points: Sequence[Timed], start: Constants) -> Constants:
+    constants, now = start, regret(points, start)
+    while True:
+        # The first of equally good ones, so the smallest change: 12 digits are the same.
+        best = min(neighbours(elements, constants), key=lambda other: round(regret(points, other), 12))
+        least = regret(points, best)
+        if now / least <= HYSTERESIS:
+            return constants
+        constants, now = best, least
+
+
+def report(elements: str, points: Sequence[Timed], current: Constants, fitted: Constants) -> None:
+    before, after = regret(points, current), regret(points, fitted)
+    print(f"{elements}: {len(points)} points; time(chosen) / time(best), geometric mean: {before:.4f} -> {after:.4f}")
+    for f in fields(Constants):
+        old, new = getattr(current, f.name), getattr(fitted, f.name)
+        if old != new:
+            print(f"  {f.name}: {old:g} -> {new:g}")
+    for point in sorted(points, key=lambda point: -point.regret(fitted))[:5]:
+        chosen, best = choose_tactic(point.facts, fitted), min(point.us, key=point.us.__getitem__)
+        times = f"{chosen} {point.us.get(chosen, math.nan):.1f} us, {best} {point.us[best]:.1f}"
+        print(f"  {point.regret(fitted):.3f}  {point.what}: {times}")
+
+
+def read_points(path: Path) -> dict[str, list[Timed]]:
+    """By elements, in the order of the file."""
+    header, lines = read_results(path)
+    points: dict[str, dict[str, Timed]] = {elements: {} for elements in ELEMENTS}
+    for line in lines:
+        sizes = [line[name] for name in ("num_experts", "hidden_size", "intermediate_size")]
+        elements = FORMATS[line["format"]]
+        facts = Facts(elements, line["tokens"] * line["top_k"], *sizes, header["num_sms"])
+        what = f"{line['format']} E{sizes[0]} H{sizes[1]} I{sizes[2]} top{line['top_k']}, {line['tokens']} tokens"
+        points[elements].setdefault(what, Timed(what, facts, {})).us[line["tactic"]] = line["us"]
+    return {elements: list(timed.values()) for elements, timed in points.items()}
+
+
+def run_fit(args: argparse.Namespace) -> int:
+    current, points = read_table(args.header.read_text()), read_points(args.file)
+    fitted = {}
+    for elements in ELEMENTS:
+        fitted[elements] = current[elements]
+        if points[elements]:
+            fitted[elements] = fit(elements, points[elements], current[elements])
+            report(elements, points[elements], current[elements], fitted[elements])
+    text = table_text(fitted)
+    if text == args.header.read_text():
+        print(f"{args.header}: unchanged")
+        return 0
+    if not args.check:
+        args.header.write_text(text)
+    print(f"{args.header}: {'not what the fit gives' if args.check else 'written'}")
+    return int(args.check)
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Tuner:
+    """Times the tactics of one layer after another, and writes a line for each."""
+
+    def __init__(self, path: Path, replay_ms: float, num_sms: int, device: str = "cuda") -> None:
+        self.replay_ms, self.num_sms, self.device, self.start = replay_ms, num_sms, device, time.perf_counter()
+        self.table = read_table(TABLE.read_text())
+        self.file = ResultFile(path, {**environment(), "num_sms": num_sms})
+
+    def layer(self, format: str, sizes: tuple[int, int, int, int]) -> None:
+        num_experts, hidden_size, intermediate_size, top_k = sizes
+        case = _layer.Case("tune", num_experts, num_experts, hidden_size, intermediate_size, top_k)
+        experts = _layer.make_experts(case, format, "bf16" if FORMATS[format] == "packed" else "", self.device)
+        for tokens in TOKENS:
+            facts = Facts(FORMATS[format], tokens * top_k, num_experts, hidden_size, intermediate_size, self.num_sms)
+            us = self.point(case, experts, tokens, candidates(facts))
+            chosen = choose_tactic(facts, self.table[facts.elements])
+            what = dict(format=format, num_experts=num_experts, hidden_size=hidden_size)
+            what |= dict(intermediate_size=intermediate_size, top_k=top_k, tokens=tokens)
+            for tactic, time_us in us.items():
+                self.file.write_record({**what, "tactic": tactic, "us": round(time_us, 2), "chosen": tactic == chosen})
+            best = min(us, key=us.__getitem__)
+            print(
+                f"{time.perf_counter() - self.start:6.1f} s  {format:<10}{str(sizes):<24}{tokens:>5} tokens  "
+                f"{chosen} {us.get(chosen, math.nan):.1f} us, best of {len(us)}: {best} {us[best]:.1f}",
+                flush=True,
+            )
+
+    def point(self, case: _layer.Case, experts: Experts, tokens: int, tactics: Sequence[str]) -> dict[str, float]:
+        """us of each tactic. All give the bits that the op gives by itself, or this fails."""
+        generator = torch.Generator(device=self.device).manual_seed(tokens)
+        calls = 8 if tokens <= 16 else 4 if tokens <= 160 else 2
+        inputs = [_layer.make_inputs(case, tokens, generator, index) for index in range(calls)]
+        options, us = experts.options(), {}
+
+        def call(tactic: str, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+            op = torch.ops.moe.fused_moe_with_tactic
+            return op(tactic, x, experts.w13, experts.w2, topk_weights, topk_ids, **options)
+
+        expected = [call("", *arguments) for arguments in inputs]
+        for tactic in tactics:
+            with_tactic = [(tactic, *arguments) for arguments in inputs]
+            us[tactic], _, outputs = time_calls(call, with_tactic, replay_ms=self.replay_ms)
+            if not all(map(torch.equal, outputs, expected)):
+                raise SystemExit(f"tune: {experts.format}, {case}, {tokens} tokens: {tactic} gives other bits")
+        return us
+
+
+def run_measure(args: argparse.Namespace) -> int:
+    got = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    if got == "none" or torch.cuda.get_device_capability() != (9, 0):
+        raise SystemExit(f"tune: measure: expected a GPU of compute capability 9.0, got {got}")
+    tuner = Tuner(args.json, args.replay_ms, torch.cuda.get_device_properties(0).multi_processor_count)
+    with tuner.file:
+        for format, sizes in product(args.formats.split(","), LAYERS):
+            tuner.layer(format, sizes)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    measure = commands.add_parser("measure", help="time the tactics on this GPU")
+    measure.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the times go, JSON Lines")
+    measure.add_argument("--formats", default=",".join(FORMATS), help="default: %(default)s")
+    measure.add_argument("--replay-ms", type=float, default=30.0, help="for each tactic; default: %(default)s")
+    measure.set_defaults(run=run_measure)
+    fitting = commands.add_parser("fit", help="fit the table to measured times")
+    fitting.add_argument("file", type=Path, nargs="?", default=RESULTS, metavar="FILE", help="of measure")
+    fitting.add_argument("--header", type=Path, default=TABLE, metavar="PATH", help="the table: start and result")
+    fitting.add_argument("--check", action="store_true", help="write nothing, exit status 1 if that would change it")
+    fitting.set_defaults(run=run_fit)
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

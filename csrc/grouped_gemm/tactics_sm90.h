@@ -1,0 +1,120 @@
+// Which tactic the SM90 grouped GEMM takes: pure functions of static sizes, free of CUDA and torch. The thresholds are ratios that mean the
+// same for every layer (rows an expert, tiles an SM), measured on made-up layers by benchmarks/tune.py, which has the same rule in Python.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <iterator>
+#include <string>
+#include <vector>
+
+#include "grouped_gemm/tactics_table_sm90.h"
+
+namespace moe::sm90 {
+
+// No more token tiles can exist: every expert hit starts one, and `tile_tokens` further rows start another.
+constexpr int64_t max_token_tiles(int64_t num_rows, int32_t num_experts, int32_t tile_tokens = 128) {
+  const int64_t hit = num_rows < num_experts ? num_rows : num_experts;
+  return hit + (num_rows - hit) / tile_tokens;
+}
+
+// ---- two fused GEMMs ----
+
+enum class Elements { bits16, float8, packed };  // what is multiplied; packed: by 16-bit tokens
+
+// Tiles of both GEMMs: Mode (sm90_config.h), and weight rows (split) or the most tokens (gated, of 256 weight rows).
+//   gated32: packed only, two thread blocks an SM.   gathered128: gated128 whose GEMM1 gathers its tokens; the others read permuted ones.
+enum class Tiles { split64, split128, gated32, gated64, gated128, gathered128 };
+constexpr const char* kTilesNames[] = {"split64", "split128", "gated32", "gated64", "gated128", "gathered128"};
+constexpr const char* kGemm2Alone = "+gemm2";  // behind those in a tactic's name
+
+struct Tactic {
+  Tiles tiles = Tiles::gated128;
+  bool gemm2_alone = false;  // GEMM2 in a launch of its own, with the tiles of a single GEMM; gated only
+};
+
+// What is known of a layer before it runs.
+struct LayerFacts {
+  Elements elements;
+  int64_t num_rows;           // under expert parallelism more than those in use
+  int32_t num_experts;
+  int64_t hidden_size, intermediate_size;
+  int32_t num_sms;
+  bool can_gather;            // whether GEMM1 may read the caller's tokens
+};
+
+constexpr const TacticConstants& constants_of(Elements elements) {
+  return elements == Elements::bits16 ? kBits16Tactics : elements == Elements::float8 ? kFloat8Tactics : kPackedTactics;
+}
+
+constexpr bool gated(Tiles tiles) { return tiles != Tiles::split64 && tiles != Tiles::split128; }
+constexpr int32_t tokens_of(Tiles tiles) { return !gated(tiles) || tiles == Tiles::gated32 ? 32 : tiles == Tiles::gated64 ? 64 : 128; }
+
+constexpr bool is_possible(const LayerFacts& f, const Tactic& tactic) {
+  if (tactic.tiles == Tiles::gated32 && f.elements != Elements::packed) return false;
+  if (tactic.tiles == Tiles::gathered128 && !f.can_gather) return false;
+  return gated(tactic.tiles) || !tactic.gemm2_alone;
+}
+
+constexpr int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+
+inline Tiles choose_tiles(const LayerFacts& f) {
+  const TacticConstants& c = constants_of(f.elements);
+  // How many experts are hit if every row draws one at random.
+  const double hit = f.num_experts * (1 - std::exp(-double(f.num_rows) / f.num_experts));
+  const auto tiles = [&](int64_t weight_rows, int64_t tile_rows) { return hit * double(tiles_of(weight_rows, tile_rows)); };
+  const auto rows_an_expert_up_to = [&](double rows) { return f.num_rows <= rows * f.num_experts; };
+  const int64_t gemm1_rows = 2 * f.intermediate_size, gemm2_rows = f.hidden_size;
+  // Two thread blocks an SM hide the latency of unpacking, but each takes longer, so that a last round of few tiles costs more.
+  const auto rounds = [&](int32_t thread_blocks) { return std::ceil(tiles(gemm1_rows, 256) / thread_blocks); };
+  if (f.elements == Elements::packed && rows_an_expert_up_to(c.gated32_rows) && c.gated32_cost * rounds(2 * f.num_sms) < rounds(f.num_sms))
+    return Tiles::gated32;
+  // Split where tiles of 256 weight rows are too few to keep the memory busy and an expert has few tokens.
+  if (rows_an_expert_up_to(c.split_rows) && std::min(tiles(gemm1_rows, 256), tiles(gemm2_rows, 256)) < c.split_rounds * f.num_sms)
+    return tiles(gemm1_rows, 128) < c.split64_rounds * f.num_sms ? Tiles::split64 : Tiles::split128;
+  if (rows_an_expert_up_to(c.gated64_rows)) return Tiles::gated64;
+  // Gathering saves writing and reading permuted tokens; but every row tile copies its tokens anew by instructions, where TMA takes permuted
+  // ones, and the consumers wait for a fence (which 16 bits do not notice).
+  return f.can_gather && tiles_of(f.intermediate_size, 128) <= c.gathered_row_tiles ? Tiles::gathered128 : Tiles::gated128;
+}
+
+// Where GEMM2's tiles are few and long: smaller ones, in a launch of their own, end together.
+constexpr bool gemm2_alone(const LayerFacts& f, Tiles tiles) {
+  const TacticConstants& c = constants_of(f.elements);
+  const int64_t gemm2_tiles = max_token_tiles(f.num_rows, f.num_experts, tokens_of(tiles)) * tiles_of(f.hidden_size, 256);
+  return gated(tiles) && gemm2_tiles < c.alone_rounds * f.num_sms && f.intermediate_size >= c.alone_k_blocks * 128;
+}
+
+inline Tactic choose_tactic(const LayerFacts& f) {
+  const Tiles tiles = choose_tiles(f);
+  return {tiles, gemm2_alone(f, tiles)};
+}
+
+inline std::string tactic_name(const Tactic& tactic) {
+  return std::string(kTilesNames[int(tactic.tiles)]) + (tactic.gemm2_alone ? kGemm2Alone : "");
+}
+
+inline std::vector<Tactic> possible_tactics(const LayerFacts& f) {
+  std::vector<Tactic> tactics;
+  for (int i = 0; i < int(std::size(kTilesNames)); ++i) {
+    for (const bool alone : {false, true}) {
+      if (const Tactic tactic{Tiles(i), alone}; is_possible(f, tactic)) tactics.push_back(tactic);
+    }
+  }
+  return tactics;
+}
+
+// ---- one GEMM ----
+
+// Up to here, hardly any expert has more than 64 tokens, or 32.
+constexpr bool few_tokens(int64_t num_rows, int32_t num_experts) { return num_rows <= 48 * int64_t(num_experts); }
+constexpr bool very_few_tokens(int64_t num_rows, int32_t num_experts) { return num_rows <= 12 * int64_t(num_experts); }
+
+// Weight rows of a tile: 64, 128 or 256. Its tokens (8, 16, .. 128) follow each expert's count, on the device.
+constexpr int32_t choose_tile_rows(int64_t num_rows, int32_t num_experts, int32_t part_rows, int32_t parts, int32_t num_sms) {
+  const int64_t token_tiles = max_token_tiles(num_rows, num_experts) * parts;
+  if (token_tiles * tiles_of(part_rows, 256) >= 8 * num_sms) return 256;     // enough of them: the last round is a small part of all
+  return token_tiles * tiles_of(part_rows, 128) >= num_sms ? 128 : 64;       // decode: more thread blocks pull more bytes
+}
+
+}  // namespace moe::sm90

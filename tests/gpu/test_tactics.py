@@ -1,0 +1,45 @@
+"""cutlass_sm90 gives the same bits with every tactic that moe::fused_moe_with_tactic (for benchmarks/tune.py) takes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from gpu_layers import PACKED, layer, overload, poison_free_memory, why_not
+from moe_cases import Call
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+TILES = ("split64", "split128", "gated64", "gated128", "gathered128")
+
+
+@pytest.fixture(params=("bf16", "fp16", "fp8_block", *PACKED))
+def format(request: pytest.FixtureRequest) -> str:
+    if reason := why_not("cutlass_sm90"):
+        pytest.skip(f"cutlass_sm90: {reason}")
+    return request.param
+
+
+def with_tactic(call: Call, tactic: str) -> torch.Tensor:
+    return call(lambda *args, **options: torch.ops.moe.fused_moe_with_tactic(tactic, *args, **options))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 33, 700])
+def test_the_same_bits(format: str, num_tokens: int) -> None:
+    call = layer(format, num_tokens)
+    expected = call(overload("cutlass_sm90"))
+    tiles = (*TILES, "gated32") if format in PACKED else TILES
+    alone = [f"{name}+gemm2" for name in tiles if not name.startswith("split")]
+    for tactic in ("", *tiles, *alone):
+        poison_free_memory()
+        assert torch.equal(with_tactic(call, tactic), expected), tactic
+
+
+@pytest.mark.parametrize("tactic", ["split64+gemm2", "gated256", "gated32"])
+def test_impossible_tactics_are_refused(format: str, tactic: str) -> None:
+    if tactic == "gated32" and format in PACKED:
+        return
+    possible = "split64, split128, gated32, gated32" if format in PACKED else "split64, split128, gated64"
+    message = rf"fused_moe: tactic: expected one of {possible}[^\n]*gathered128\+gemm2, got {re.escape(tactic)}$"
+    with pytest.raises(RuntimeError, match=message):
+        with_tactic(layer(format, 8), tactic)
