@@ -21,7 +21,8 @@ constexpr int kThreads = 256;
 // Resident threads of an SM, with 64 registers each. The grid has no more, so that no last wave fills only some of the SMs.
 constexpr int kThreadsPerSm = 1024;
 // With more chunks than the GPU has threads: elements that a thread quantises and stores at once (16 of 8 bits fill a
-// 16-byte store), and bytes of its next ones that it loads meanwhile.
+// 16-byte store), and bytes of its next ones that it loads meanwhile. DeepSeek-V3 TP8, 8192 tokens, fp8: 23.8 us; with 8
+// elements 27.4, with 128 bytes, which spill, 34.7.
 template <typename T, Format kFormat>
 constexpr int kManySize = has_scale(kFormat) && sizeof(T) == 2 ? 2 * kChunk : kChunk;
 constexpr int kBytesAhead = 64;
