@@ -232,6 +232,16 @@ def test_bench_notices_wrong_and_failed_points(capsys, monkeypatch, tmp_path):
     assert status == 1 and "failed: no kernel" in out
 
 
+@pytest.mark.parametrize("gpu_ms, rounds", [(0.004, 7), (0.05, 2), (0.3, 1)])
+def test_short_calls_are_repeated_within_a_graph(monkeypatch, gpu_ms: float, rounds: int):
+    """A replay takes the host 16 us at least, and must not hide how long the GPU takes."""
+    monkeypatch.setattr(measure, "_capture", lambda call, inputs, rounds: (rounds, [call(*i) for i in inputs]))
+    monkeypatch.setattr(measure, "_replay_ms", lambda graph, count: [max(0.016, gpu_ms * graph)] * count)
+    us, us_min, outputs = measure._time_graph(lambda x: x + 1, [(1,), (2,)], 40.0)
+    assert us == us_min == pytest.approx(1e3 * gpu_ms / 2) and outputs == [2, 3]
+    assert measure._replay_ms(rounds, 1)[0] > 0.016
+
+
 def test_budget_skips_the_rest(capsys):
     status, _, err = run(capsys, "bench", "--tiny", "--tokens", "1,8", "--budget-s", "0")
     assert status == 0 and err == "bench: 4 points skipped: the budget of 0 s is spent\n"
