@@ -10,8 +10,8 @@ import torch_moe_ops as moe
 
 DEVICE = "cuda"
 PACKED = ("nvfp4", "mxfp4", "mxfp8")  # multiplied by bf16 activations, by cutlass_sm90 alone
-# cutlass_sm90 takes split tiles of 64 rows at 1 token, of 128 up to 64 tokens; then gated tiles. From 385 tokens on
-# GEMM1 gathers its tokens.
+# cutlass_sm90 takes split tiles of 128 rows up to 64 tokens; then gated tiles. From 385 tokens on GEMM1 gathers its
+# tokens. (test_tactics.py names every tactic.)
 LAYER = {"hidden_size": 1024, "intermediate_size": 512, "num_experts": 64, "top_k": 8}
 
 

@@ -3,8 +3,8 @@
 //   sort_slots -> permute (+ quantise) -> both GEMMs with the activation (+ requantise) in between -> finalize
 // or, where GEMM1 gathers its tokens: sort_slots -> quantize, not for 16 bits -> both GEMMs -> finalize;
 // or, where the two GEMMs cannot be one launch (no gate, interleaved w13), GEMM1 -> act_mul -> GEMM2.
-// All intermediates lie in one tensor of torch's allocator, of the sizes that meta_kernels/_sizes.py states: an allocation costs the host
-// more than a launch.
+// All intermediates lie in one tensor of torch's allocator, which takes no more than meta_kernels/_sizes.py states: an allocation costs the
+// host more than a launch.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

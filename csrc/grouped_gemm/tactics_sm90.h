@@ -74,7 +74,7 @@ inline Tiles choose_tiles(const LayerFacts& f) {
     return tiles(gemm1_rows, 128) < c.split64_rounds * f.num_sms ? Tiles::split64 : Tiles::split128;
   if (rows_an_expert_up_to(c.gated64_rows)) return Tiles::gated64;
   // Gathering saves writing and reading permuted tokens; but every row tile copies its tokens anew by instructions, where TMA takes permuted
-  // ones, and the consumers wait for a fence (which 16 bits do not notice).
+  // ones, and the consumers wait for a fence (of which 16 bits notice less).
   return f.can_gather && tiles_of(f.intermediate_size, 128) <= c.gathered_row_tiles ? Tiles::gathered128 : Tiles::gated128;
 }
 

@@ -377,7 +377,7 @@ def test_a_token_depends_on_itself_alone(backend: str, format: str) -> None:
     assert torch.equal(call.but(x)(overload(backend))[others], full[others])
 
 
-# Split tiles of 64 and of 128 rows up to 64 tokens, then gated ones of up to 64 tokens, from 385 on of up to 128.
+# Split tiles up to 64 tokens, then gated ones of up to 64 tokens, from 385 on of up to 128, gathered.
 @pytest.mark.parametrize("num_tokens", [1, 2, 8, 64, 65, 300, 384, 385])
 def test_every_tile_configuration_gives_the_same_bits(format: str, num_tokens: int) -> None:
     if reason := why_not("cutlass_sm90"):
@@ -401,8 +401,9 @@ def test_two_thread_blocks_on_an_sm_give_the_same_bits(product: str, hidden_size
         assert torch.equal(tokens(call, slice(num_tokens))(overload("cutlass_sm90")), everyone[:num_tokens]), num_tokens
 
 
-# A K of 4096: GEMM2 has a launch of its own up to 300 tokens. Of packed weights two thread blocks share an SM at 40
-# tokens, with tiles of 64 rows (1024 columns) or 128 (2304). At 4097 tokens 2304 columns are tiles for one launch.
+# Packed weights with a K of 4096: GEMM2 has a launch of its own up to 300 tokens; two thread blocks share an SM at 40,
+# with tiles of 64 rows (1024 columns) or 128 (2304); at 4097, 2304 columns are tiles for one launch. The other formats
+# take such a launch with a longer K or not at all; test_tactics.py has it for each.
 @pytest.mark.parametrize("hidden_size", [1024, 2304])
 def test_gemm2_in_a_launch_of_its_own_gives_the_same_bits(format: str, hidden_size: int) -> None:
     if reason := why_not("cutlass_sm90"):
