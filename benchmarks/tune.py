@@ -39,8 +39,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/h200_tactics.jsonl"
 TABLE = ROOT / "csrc/grouped_gemm/tactics_table_sm90.h"
 
-ELEMENTS = ("bits16", "float8", "packed")  # as in C++
-FORMATS = {"bf16": "bits16", "fp8_block": "float8", "nvfp4": "packed"}  # what is measured -> which table it decides
+ELEMENTS = ("bits16", "float8", "packed", "packed_float8")  # as in C++
+# What is measured, a format or weights x activations -> which table it decides.
+FORMATS = {"bf16": "bits16", "fp8_block": "float8", "nvfp4": "packed", "mxfp4 x fp8_block": "packed_float8"}
 TILES = {"split64": 32, "split128": 32, "gated32": 32, "gated64": 64, "gated128": 128, "gathered128": 128}  # tokens
 ALONE = "+gemm2"
 LAYERS = (  # experts, hidden, intermediate, top_k
@@ -129,7 +130,7 @@ def choose_tiles(facts: Facts, constants: Constants) -> str:
     fewest = min(tiles(gemm1, 256), tiles(facts.hidden_size, 256))
     if rows_an_expert_up_to(constants.split_rows) and fewest < constants.split_rounds * facts.num_sms:
         return "split64" if tiles(gemm1, 128) < constants.split64_rounds * facts.num_sms else "split128"
-    if rows_an_expert_up_to(constants.gated64_rows):
+    if rows_an_expert_up_to(constants.gated64_rows) or most_tokens(facts) == 64:
         return "gated64"
     gathers = math.ceil(facts.intermediate_size / 128) <= constants.gathered_row_tiles
     return "gathered128" if facts.can_gather and gathers else "gated128"
@@ -150,14 +151,24 @@ def choose_tactic(facts: Facts, constants: Constants) -> str:
     return tiles + ALONE if alone else tiles
 
 
+def most_tokens(facts: Facts) -> int:
+    """Of a tile."""
+    return 64 if facts.elements == "packed_float8" else 128
+
+
+def possible_tiles(facts: Facts) -> dict[str, int]:
+    tiles = {name: tokens for name, tokens in TILES.items() if tokens <= most_tokens(facts)}
+    return tiles if facts.elements == "packed" else {name: tiles[name] for name in tiles if name != "gated32"}
+
+
 def candidates(facts: Facts) -> list[str]:
     """The tactics worth timing. The others are hopeless: an expert has several token tiles of small ones, or no tokens
     for large ones; GEMM2 alone costs a launch, and gains nothing where tiles are many or short."""
-    tactics = []
-    for tiles, tokens in TILES.items():
-        if tiles == "gated32" and facts.elements != "packed":
-            continue
-        if facts.rows_an_expert > 1.5 * tokens if tokens < 128 else facts.rows_an_expert < 8:
+    tactics, most = [], most_tokens(facts)
+    for tiles, tokens in possible_tiles(facts).items():
+        too_small = tokens < most and facts.rows_an_expert > 1.5 * tokens
+        too_large = tokens == 128 and facts.rows_an_expert < 8
+        if too_small or too_large:
             continue
         tactics.append(tiles)
         few = gemm2_tiles(facts, tiles) < 12 * facts.num_sms and facts.intermediate_size >= 1024
@@ -201,7 +212,7 @@ def _table_line(elements: str, constants: Constants) -> str:
 
 
 def _name(elements: str) -> str:
-    return f"k{elements[0].upper()}{elements[1:]}Tactics"
+    return f"k{elements.title().replace('_', '')}Tactics"
 
 
 def _number(value: float) -> str:
@@ -323,7 +334,8 @@ class Tuner:
     def layer(self, format: str, sizes: tuple[int, int, int, int]) -> None:
         num_experts, hidden_size, intermediate_size, top_k = sizes
         case = _layer.Case("tune", num_experts, num_experts, hidden_size, intermediate_size, top_k)
-        experts = _layer.make_experts(case, format, "bf16" if FORMATS[format] == "packed" else "", self.device)
+        weights, _, acts = format.partition(" x ")
+        experts = _layer.make_experts(case, weights, "bf16" if FORMATS[format] == "packed" else acts, self.device)
         for tokens in TOKENS:
             facts = Facts(FORMATS[format], tokens * top_k, num_experts, hidden_size, intermediate_size, self.num_sms)
             us = self.point(case, experts, tokens, candidates(facts))
@@ -334,7 +346,7 @@ class Tuner:
                 self.file.write_record({**what, "tactic": tactic, "us": round(time_us, 2), "chosen": tactic == chosen})
             best = min(us, key=us.__getitem__)
             print(
-                f"{time.perf_counter() - self.start:6.1f} s  {format:<10}{str(sizes):<24}{tokens:>5} tokens  "
+                f"{time.perf_counter() - self.start:6.1f} s  {format:<18}{str(sizes):<24}{tokens:>5} tokens  "
                 f"{chosen} {us.get(chosen, math.nan):.1f} us, best of {len(us)}: {best} {us[best]:.1f}",
                 flush=True,
             )

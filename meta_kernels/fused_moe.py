@@ -50,9 +50,9 @@ def check(
     if is_packed(w13) != is_packed(w2):
         refuse(op, "w13", "packed or not as w2 is", list(w13.shape))
     sizes = (num_experts, parts * intermediate_size, hidden_size)
-    check_weight(op, "w13", weights, w13, w13_scale, w13_global_scale, w13_bias, sizes, parts, device)
+    check_weight(op, "w13", weights, acts, w13, w13_scale, w13_global_scale, w13_bias, sizes, parts, device)
     sizes = (num_experts, hidden_size, intermediate_size)
-    check_weight(op, "w2", weights, w2, w2_scale, w2_global_scale, w2_bias, sizes, 1, device)
+    check_weight(op, "w2", weights, acts, w2, w2_scale, w2_global_scale, w2_bias, sizes, 1, device)
     check_global_scale(op, "a13_global_scale", acts, a13_global_scale, num_experts, device)
     check_global_scale(op, "a2_global_scale", acts, a2_global_scale, num_experts, device)
     top_k = expect_sizes(op, "topk_ids", topk_ids, INT32, ("T", "K"), device)[1]
@@ -74,7 +74,8 @@ def fake(
 
 def _check_sizes(op: str, weights: Format, acts: Format, hidden_states: Tensor, w2: Tensor) -> tuple[int, int]:
     """(E, I), which w2 [E, H, I/pack] states; both GEMMs' K must fill whole stored elements."""
-    num_experts, _, intermediate_size = expect_weight(op, "w2", weights, w2, ("E", "H", "I"), hidden_states.device)
+    dims, device = ("E", "H", "I"), hidden_states.device
+    num_experts, _, intermediate_size = expect_weight(op, "w2", weights, acts, w2, dims, device)
     for fmt in (weights, acts):
         check_pack(op, "hidden_states", fmt, hidden_states, hidden_states.shape[1])
         check_pack(op, "w2", fmt, w2, intermediate_size)

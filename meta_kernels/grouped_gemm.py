@@ -46,9 +46,10 @@ def check(
     b_format, a_format = check_formats(op, format, act_format)
     num_rows, a_columns = expect_sizes(op, "a", a, storage_dtypes(a_format.dtype), ("P", "K"))
     k = a_columns * a_format.pack
-    num_experts, n, _ = expect_weight(op, "b", b_format, b, ("E", "N", "K"), device)
+    num_experts, n, _ = expect_weight(op, "b", b_format, a_format, b, ("E", "N", "K"), device)
     expect_range(op, "b_parts", b_parts, 1)
-    check_weight(op, "b", b_format, b, b_scale, b_global_scale, bias, (num_experts, n, k), b_parts, device)
+    sizes = (num_experts, n, k)
+    check_weight(op, "b", b_format, a_format, b, b_scale, b_global_scale, bias, sizes, b_parts, device)
     expect_tensor(op, "expert_offsets", expert_offsets, INT32, (num_experts + 1,), device)
     if expert_rows is not None:
         expect_tensor(op, "expert_rows", expert_rows, INT32, (num_experts,), device)
@@ -86,11 +87,17 @@ def check_formats(op: str, format: str, act_format: str) -> tuple[Format, Format
 
 
 def expect_weight(
-    op: str, name: str, format: Format, weight: Tensor, dims: tuple[str, str, str], device: torch.device
+    op: str,
+    name: str,
+    format: Format,
+    acts: Format,
+    weight: Tensor,
+    dims: tuple[str, str, str],
+    device: torch.device,
 ) -> tuple[int, int, int]:
-    """(E, N, K), K in values, of a weight [E, N, K/pack] or of packed ones."""
+    """(E, N, K), K in values, of a weight [E, N, K/pack] or of one packed for `acts`."""
     if is_packed(weight) and format.name in PACKABLE:
-        expect_packed(op, name, weight, format.name)
+        expect_packed(op, name, weight, format.name, acts.name)
     else:
         expect_sizes(op, name, weight, storage_dtypes(format.dtype), dims, device)
     return weight_sizes(weight, format.name)
@@ -100,6 +107,7 @@ def check_weight(
     op: str,
     name: str,
     format: Format,
+    acts: Format,
     weight: Tensor,
     scale: Tensor | None,
     global_scale: Tensor | None,
@@ -108,14 +116,15 @@ def check_weight(
     parts: int,
     device: torch.device,
 ) -> None:
-    """weight [E, N, K/pack] with its scale, global scale and bias; sizes are (E, N, K), K in values."""
+    """weight [E, N, K/pack], or packed for `acts`, with its scale, global scale and bias; sizes are (E, N, K), K in
+    values."""
     num_experts, n, k = sizes
     scale_name, global_name = f"{name}_scale", f"{name}_global_scale"
     if n % parts:
         refuse(op, name, f"a multiple of {parts} rows per expert", list(weight.shape))
     packed = is_packed(weight) and format.name in PACKABLE
     if packed:
-        expect_packed(op, name, weight, format.name)
+        expect_packed(op, name, weight, format.name, acts.name)
         got = weight_sizes(weight, format.name)
         if got != sizes or weight.device != device:
             refuse(op, name, f"packed {list(sizes)} on {device}", f"packed {list(got)} on {weight.device}")

@@ -9,7 +9,10 @@ from torch import Tensor
 import torch_moe_ops as moe
 
 DEVICE = "cuda"
-PACKED = ("nvfp4", "mxfp4", "mxfp8")  # multiplied by bf16 activations, by cutlass_sm90 alone
+# A product is a format, or weights x activations. Packed weights are multiplied by cutlass_sm90 alone, these by bf16
+# activations.
+PACKED = ("nvfp4", "mxfp4", "mxfp8")
+W4A8 = "mxfp4 x fp8_block"
 # cutlass_sm90 takes split tiles of 128 rows up to 64 tokens; then gated tiles. From 385 tokens on GEMM1 gathers its
 # tokens. (test_tactics.py names every tactic.)
 LAYER = {"hidden_size": 1024, "intermediate_size": 512, "num_experts": 64, "top_k": 8}
@@ -24,17 +27,32 @@ def overload(backend: str) -> torch._ops.OpOverload:
     return getattr(torch.ops.moe.fused_moe, backend)
 
 
-def layer(format: str, num_tokens: int, **changes: object) -> Call:
-    act_format = "bf16" if format in PACKED else ""
-    call = make_moe(format, act_format=act_format, num_tokens=num_tokens, device=DEVICE, **{**LAYER, **changes})
-    return packed(call) if format in PACKED else call
+def needs_packing(product: str) -> bool:
+    return product in PACKED or product == W4A8
+
+
+def formats_of(product: str) -> dict[str, str]:
+    """format and act_format."""
+    format, _, act_format = product.partition(" x ")
+    return {"format": format, "act_format": act_format or ("bf16" if product in PACKED else "")}
+
+
+def product_of(call: Call) -> str:
+    format, act_format = call.options["format"], call.options["act_format"]
+    return f"{format} x {act_format}" if act_format == "fp8_block" else format
+
+
+def layer(product: str, num_tokens: int, **changes: object) -> Call:
+    call = make_moe(num_tokens=num_tokens, device=DEVICE, **{**formats_of(product), **LAYER, **changes})
+    return packed(call) if needs_packing(product) else call
 
 
 def packed(call: Call) -> Call:
     x, w13, w2, *routing = call.args
-    weights = {"w13": w13, "w2": w2}
+    weights, act_format = {"w13": w13, "w2": w2}, call.options["act_format"]
     for name, weight in weights.items():
-        weights[name] = moe.pack_weight(weight, call.options[f"{name}_scale"], call.options["format"])
+        scale = call.options[f"{name}_scale"]
+        weights[name] = moe.pack_weight(weight, scale, call.options["format"], act_format=act_format)
     return Call(x, *weights.values(), *routing, **(call.options | {"w13_scale": None, "w2_scale": None}))
 
 

@@ -181,7 +181,23 @@ def test_grouped_gemm_per_gpu(sm: int, format: str, backend: str) -> None:
         (
             90,
             {"format": "mxfp4", "act_format": "fp16", "packed": True},
-            "multiplies mxfp4 weights by bf16 activations, got fp16",
+            "multiplies mxfp4 weights by bf16 or fp8_block activations, got fp16",
+        ),
+        (90, {"format": "mxfp4", "act_format": "fp8_block", "packed": True}, None),
+        (
+            90,
+            {"format": "mxfp4", "act_format": "fp8_block"},
+            'needs weights packed by pack_weight(..., act_format="fp8_block")',
+        ),
+        (
+            90,
+            {"format": "mxfp4", "act_format": "fp8_block", "packed": True, "gemms": (Gemm(256, 96),)},
+            "needs K to be a multiple of 64 for packed weights, got 96",
+        ),
+        (
+            90,
+            {"format": "nvfp4", "act_format": "fp8_block", "packed": True},
+            "multiplies nvfp4 weights by bf16 activations, got fp8_block",
         ),
         (100, {"gemms": (Gemm(256, 256),), "format": "mxfp4", "act_format": "mxfp8"}, None),
         (
@@ -258,6 +274,10 @@ def test_gpus_multiply_what_the_ops_accept(sm: int) -> None:
         ("fused_moe", 90, "nvfp4", ("bf16",), ("cutlass_sm90", "bf16", True)),
         ("fused_moe", 90, "nvfp4", ("",), ("triton", "", False)),
         ("fused_moe", 90, "mxfp4", ("bf16", "mxfp8"), ("cutlass_sm90", "bf16", True)),
+        ("fused_moe", 90, "mxfp4", ("", "bf16"), ("cutlass_sm90", "bf16", True)),
+        ("fused_moe", 90, "mxfp4", ("fp8_block",), ("cutlass_sm90", "fp8_block", True)),
+        ("fused_moe", 90, "nvfp4", ("fp8_block",), ("triton", "fp8_block", False)),
+        ("fused_moe", 120, "mxfp4", ("fp8_block",), ("triton", "fp8_block", False)),
         ("fused_moe", 90, "mxfp8", ("", "bf16"), ("cutlass_sm90", "bf16", True)),
         ("fused_moe", 90, "fp8_block", ("",), ("cutlass_sm90", "", False)),
         ("grouped_gemm", 100, "nvfp4", ("", "bf16"), ("cutlass_sm100", "", False)),

@@ -89,31 +89,31 @@ def test_choices() -> None:
     assert_expected_inline(
         "\n".join(lines),
         """\
-dsv3_tp8     1  split64           split64           split64
-dsv3_tp8     8  split128          split128          split128
-dsv3_tp8   128  gated64           gated64           gated32
-dsv3_tp8   512  gated64           gated64           gated64
-dsv3_tp8  8192  gathered128       gathered128       gathered128
-dsv3_ep8     1  split128          split128          split128
-dsv3_ep8     8  gated64           gated64           gated32
-dsv3_ep8   128  gated64           gated64           gated64
-dsv3_ep8   512  gated128          gated128          gated128
-dsv3_ep8  8192  gated128          gated128          gated128
-qwen30b      1  split128          split128          split128
-qwen30b      8  gated64           gated64           gated64
-qwen30b    128  gated64           gated64           gated32
-qwen30b    512  gated64           gated64           gated64
-qwen30b   8192  gathered128       gated128          gated128
-mixtral      1  split128          split128          gated32+gemm2
-mixtral      8  split128          split128          gated32+gemm2
-mixtral    128  gated64+gemm2     gated64           gated64+gemm2
-mixtral    512  gated128+gemm2    gated128          gated128+gemm2
-mixtral   8192  gated128          gated128          gated128
-gptoss       1  split128          split128          split128
-gptoss       8  gated64           gated64           gated64
-gptoss     128  gated64           gated64           gated32
-gptoss     512  gated64           gated64           gated64
-gptoss    8192  gated128          gated128          gated128""",
+dsv3_tp8     1  split64           split64           split64           split64
+dsv3_tp8     8  split128          split128          split128          gated64
+dsv3_tp8   128  gated64           gated64           gated32           gated64
+dsv3_tp8   512  gated64           gated64           gated64           gated64
+dsv3_tp8  8192  gathered128       gathered128       gathered128       gated64
+dsv3_ep8     1  split128          split128          split128          gated64
+dsv3_ep8     8  gated64           gated64           gated32           gated64
+dsv3_ep8   128  gated64           gated64           gated64           gated64
+dsv3_ep8   512  gated128          gated128          gated128          gated64
+dsv3_ep8  8192  gated128          gated128          gated128          gated64
+qwen30b      1  split128          split128          split128          split128
+qwen30b      8  gated64           gated64           gated64           gated64
+qwen30b    128  gated64           gated64           gated32           gated64
+qwen30b    512  gated64           gated64           gated64           gated64
+qwen30b   8192  gathered128       gated128          gated128          gated64
+mixtral      1  split128          split128          gated32+gemm2     split128
+mixtral      8  split128          split128          gated32+gemm2     gated64
+mixtral    128  gated64+gemm2     gated64           gated64+gemm2     gated64
+mixtral    512  gated128+gemm2    gated128          gated128+gemm2    gated64
+mixtral   8192  gated128          gated128          gated128          gated64
+gptoss       1  split128          split128          split128          split128
+gptoss       8  gated64           gated64           gated64           gated64
+gptoss     128  gated64           gated64           gated32           gated64
+gptoss     512  gated64           gated64           gated64           gated64
+gptoss    8192  gated128          gated128          gated128          gated64""",
     )
 
 

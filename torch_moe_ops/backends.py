@@ -19,7 +19,7 @@ import torch
 
 from .activations import get_activation
 from .formats import FORMATS, get_format
-from .packed_weights import BLOCK, PACKABLE
+from .packed_weights import BLOCK, BLOCK_BYTES, PACKABLE
 
 STAGE = ("cuda", "triton", "reference")
 CANDIDATES: dict[str, tuple[str, ...]] = {
@@ -42,7 +42,7 @@ GEMM_OPS = ("grouped_gemm", "fused_moe")
 GEMM_FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     "cutlass_sm80": {format: (format,) for format in ("bf16", "fp16", "int8")},
     "cutlass_sm90": {format: (format,) for format in ("bf16", "fp16", "fp8_block")}
-    | {format: ("bf16",) for format in PACKABLE},
+    | {format: tuple(layouts) for format, layouts in BLOCK_BYTES.items()},
     "cutlass_sm100": {format: (format,) for format in ("bf16", "fp8_block", "mxfp8", "mxfp4", "nvfp4")}
     | {"mxfp4": ("mxfp4", "mxfp8")},
     "cutlass_sm120": {format: (format,) for format in ("fp8_block", "mxfp8", "mxfp4", "nvfp4")}
@@ -86,7 +86,7 @@ class Problem(NamedTuple):
     out_dtype: torch.dtype | None = None
     bias_dtype: torch.dtype | None = None
     num_groups: int = 1  # of topk
-    packed: bool = False  # the weights are results of pack_weight
+    packed: bool = False  # the weights are results of pack_weight, for these activations
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,9 @@ def _refuses_formats(backend: str, format: str, act_format: str, packed: bool) -
         return f"multiplies {format} weights by {' or '.join(formats[format])} activations, got {act_format}"
     needs_packed = backend == "cutlass_sm90" and format in PACKABLE
     if packed != needs_packed:
-        return f"needs weights {'packed by pack_weight' if needs_packed else 'as they are stored, got packed ones'}"
+        option = "" if act_format == "bf16" else f'(..., act_format="{act_format}")'
+        needed = f"packed by pack_weight{option}" if needs_packed else "as they are stored, got packed ones"
+        return f"needs weights {needed}"
     return None
 
 
@@ -338,7 +340,7 @@ def explain(
 
     Facts left out raise no objection. `hidden_size` and `intermediate_size` are fused_moe's; `n`, `k` and `b_parts` are
     grouped_gemm's. `device` is the current GPU, or the CPU of a machine without one; `sm` (90 for 9.0) asks about
-    another GPU, with the kernels of this build. `packed`: the weights are results of `pack_weight`.
+    another GPU, with the kernels of this build. `packed`: the weights are results of `pack_weight` for `act_format`.
     """
     if op not in CANDIDATES:
         raise RuntimeError(f"explain: op: expected one of {', '.join(OPS)}, got {op}")

@@ -125,7 +125,8 @@ def _check(
 ) -> None:
     if weight.dim() != 3:
         refuse(op, "weight", "[E, N, K/pack]", list(weight.shape))
-    check_weight(op, "weight", format, weight, scale, global_scale, None, _sizes(format, weight), parts, weight.device)
+    sizes = _sizes(format, weight)
+    check_weight(op, "weight", format, format, weight, scale, global_scale, None, sizes, parts, weight.device)
 
 
 def _chunks(weight: Tensor, format: Format) -> Iterator[slice]:

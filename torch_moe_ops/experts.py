@@ -152,12 +152,16 @@ class Experts(nn.Module):
         )
 
     def packed(self) -> Experts:
-        """The same experts with their weights and scales as the SM90 kernels read them: see `pack_weight`."""
+        """The same experts with their weights and scales as the SM90 kernels read them: see `pack_weight`.
+
+        Packed for fp8_block activations if `act_format` is that, else for bf16 ones.
+        """
+        act_format = "fp8_block" if self.act_format == "fp8_block" else "bf16"
         tensors = {name: getattr(self, name) for name in TENSORS}
         for name in ("w13", "w2"):
             if not is_packed(tensors[name]):
-                tensors[name] = pack_weight(tensors[name], tensors[f"{name}_scale"], self.format)
-                tensors[f"{name}_scale"] = None
+                scale, tensors[f"{name}_scale"] = tensors[f"{name}_scale"], None
+                tensors[name] = pack_weight(tensors[name], scale, self.format, act_format=act_format)
         return Experts(
             tensors.pop("w13"), tensors.pop("w2"), **tensors, **{name: getattr(self, name) for name in SETTINGS}
         )
@@ -191,7 +195,7 @@ class Experts(nn.Module):
 
     def _check(self) -> None:
         """Refuses at load time what moe::fused_moe would refuse at the first call."""
-        weights, _ = check_formats("Experts", self.format, self.act_format)
+        weights, acts = check_formats("Experts", self.format, self.act_format)
         check_activation("Experts", self.activation, self.alpha, self.beta, self.limit)
         if self.w2.dim() not in (3, 4):
             refuse("Experts", "w2", "[E, H, I]", list(self.w2.shape))
@@ -200,7 +204,6 @@ class Experts(nn.Module):
             ("w13", parts * self.intermediate_size, self.hidden_size, parts),
             ("w2", self.hidden_size, self.intermediate_size, 1),
         ):
-            weight = getattr(self, name)
-            scale, global_scale, bias = (getattr(self, f"{name}_{what}") for what in ("scale", "global_scale", "bias"))
+            weight, *others = (getattr(self, name + suffix) for suffix in ("", "_scale", "_global_scale", "_bias"))
             sizes = (self.num_experts, n, k)
-            check_weight("Experts", name, weights, weight, scale, global_scale, bias, sizes, name_parts, weight.device)
+            check_weight("Experts", name, weights, acts, weight, *others, sizes, name_parts, weight.device)

@@ -1,13 +1,16 @@
 """Weights with scales of a few values, in the order in which the SM90 kernels read them: 64 x 64 blocks, values and
 scales side by side.
 
-    packed uint8 [E, N/64, K/64, bytes]    bytes = 2048 of values + 256 (nvfp4) or 128 (mxfp4) of scales, or 4096 + 128
-                                           (mxfp8)
+    packed uint8 [E, N/64, K/64, bytes]    for bf16 activations: 2048 of values + 256 (nvfp4) or 128 (mxfp4) of scales,
+                                           or 4096 + 128 (mxfp8)
+                                           for fp8_block activations: 2048 + 128 + 64 (mxfp4)
 
-The numbers stay what they are, and so does the memory they take; `unpack_weight` gives them back. A block is what one
-warpgroup multiplies by the tokens, as an operand in registers: thread t of 128 holds rows r = 16 (t/32) + t%32/4 and
-r + 8, and of each 16 k those at 2c, 2c + 1, 2c + 8, 2c + 9 with c = t%4 (PTX ISA, wgmma, matrix A in registers).
-Register j of four is two values of row r + 8 (j%2), from k + 8 (j/2) on, one in each half.
+The numbers stay what they are, and so does the memory they take (the last 64 bytes are the exception); `unpack_weight`
+gives them back. A block is what one warpgroup multiplies by the tokens, as an operand in registers (PTX ISA, wgmma,
+matrix A in registers): thread t of 128 holds rows r = 16 (t/32) + t%32/4 and r + 8.
+
+For bf16 activations a thread has of each 16 k those at 2c, 2c + 1, 2c + 8, 2c + 9 with c = t%4. Register j of four is
+two values of row r + 8 (j%2), from k + 8 (j/2) on, one in each half.
 
 4-bit values: [2 halves of 32 k][128 threads][2 steps of 16 k] words of 32 bits, each four registers. A bfloat16 with
 e2m1's sign at bit 15 and its other bits at 8, 7 and 6 is that number times 2^-126, whether or not it is subnormal: a
@@ -22,6 +25,17 @@ Scales: those of rows (r, r + 8) together, as bits that a shift turns into a bfl
     nvfp4          [32 row pairs][2 pairs of steps][2 rows][2 steps], e4m3 with a wider exponent and without subnormals
     mxfp4, mxfp8   [32 row pairs][2 rows][2 halves of 32 k], the exponent's byte + 63, at most 255: infinity, from 2^65
                    on, and what a NaN of mxfp8 makes of its whole block of 32
+
+For fp8_block activations a thread has of each 32 k those at 4c .. 4c + 3 and 16 + 4c .. 16 + 4c + 3, as e4m3: a value
+times 2^(6 - d), where d is what its block's exponent lacks of its row's largest one. That is exact up to d = 11, where
+e4m3's normal numbers end. The row's factor 2^(largest - 127 - 6) multiplies the sum.
+
+Values: [2 halves of 32 k][128 threads][2 rows] words of eight codes V, in the order of k. The magnitude of V[i] is at
+bits 4i to 4i + 2, the sign of V[j] at bit 8j + 7 and that of V[4 + j] at 8j + 3, for j = 0 .. 3: the low half of the
+word, and the high one, have the selectors of a byte permutation that looks four magnitudes up.
+
+Scales: [32 row pairs][2 rows][2 halves of 32 k] bytes 8d, and then [32 row pairs][2 rows], the row's largest exponent
+as its e8m0 byte: of all its blocks of 32 in K that have a nonzero value, 127 if none has. The other blocks have d = 0.
 """
 
 from __future__ import annotations
@@ -37,6 +51,10 @@ BLOCK = 64  # rows, and k
 PACKABLE = ("nvfp4", "mxfp4", "mxfp8")
 VALUE_BYTES = {format: BLOCK * BLOCK // FORMATS[format].pack for format in PACKABLE}
 SCALE_BYTES = {format: BLOCK * BLOCK // FORMATS[format].weight_block[1] for format in PACKABLE}
+EXPONENT_BYTES = BLOCK
+# format -> the activations that there is a layout for -> the bytes of a block, which tell the layout.
+BLOCK_BYTES = {format: {"bf16": VALUE_BYTES[format] + SCALE_BYTES[format]} for format in PACKABLE}
+BLOCK_BYTES["mxfp4"]["fp8_block"] = BLOCK_BYTES["mxfp4"]["bf16"] + EXPONENT_BYTES
 
 # Left shift of a word that brings the magnitudes, and the signs, of register j into place.
 MAGNITUDE_SHIFTS = (0, 3, 6, -3)
@@ -47,17 +65,30 @@ REGISTER_BITS = (6, 7, 8, 15)
 EXPONENT_SHIFT = 63
 E4M3_NAN = 0x7F
 
+MAX_DIFFERENCE = 11  # of the exponents of a row, where values become e4m3
+NO_EXPONENT = 127  # the largest one of a row of zeros
+E8M0_NAN = 0xFF
 
-def pack_weight(values: Tensor, scale: Tensor, format: str) -> Tensor:
+
+def pack_weight(values: Tensor, scale: Tensor, format: str, *, act_format: str = "bf16") -> Tensor:
     """values [E, N, K/pack] and scale [E, N, K / block_k] of nvfp4, mxfp4 or mxfp8 -> packed [E, N/64, K/64, bytes].
 
     A functional step for when weights are loaded: the result replaces both tensors (global scales stay as they are).
     It works through the experts in chunks.
 
+    Args:
+        act_format: of the activations that will multiply the weights: "bf16", or for mxfp4 also "fp8_block". Each has a
+            layout of its own. That for "fp8_block" is read as e4m3 numbers and one exponent a row, so the exponents of
+            a row may differ by at most 11 (blocks of zeros aside, whose scales, NaN as well, are not kept). To see
+            whether they do, it synchronises with the host once a chunk.
+
     Raises:
-        RuntimeError: N or K is no multiple of 64, another format, or shapes that do not fit together.
+        RuntimeError: N or K is no multiple of 64, another format or act_format, shapes that do not fit together, or
+            scales that e4m3 has no room for.
     """
     block_k = _block_k("pack_weight", format)
+    if act_format not in BLOCK_BYTES[format]:
+        refuse("pack_weight", "act_format", f"{' or '.join(BLOCK_BYTES[format])} for {format} weights", act_format)
     fmt = FORMATS[format]
     if values.dim() != 3 or values.element_size() != 1:
         columns = "K/2" if fmt.pack == 2 else "K"
@@ -71,41 +102,40 @@ def pack_weight(values: Tensor, scale: Tensor, format: str) -> Tensor:
         expected = describe(fmt.scale_dtype, shape, values.device)
         refuse("pack_weight", "scale", expected, describe(scale.dtype, scale.shape, scale.device))
     values, scale = values.view(torch.uint8), scale.view(torch.uint8)
-    value_bytes = VALUE_BYTES[format]
-    packed = values.new_empty((num_experts, n // BLOCK, k // BLOCK, value_bytes + SCALE_BYTES[format]))
-    table, step = _stored_scales(format).to(scale.device), max(1, CHUNK_ELEMENTS // max(1, n * k))
+    packed = values.new_empty((num_experts, n // BLOCK, k // BLOCK, BLOCK_BYTES[format][act_format]))
+    step = max(1, CHUNK_ELEMENTS // max(1, n * k))
     for chunk in (slice(first, first + step) for first in range(0, num_experts, step)):
-        codes, stored = values[chunk], table[scale[chunk].int()]
+        codes = values[chunk]
         if fmt.pack == 2:
             codes = torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2)
-        if format == "nvfp4":  # what the stored scale cannot say
-            of_code = scale[chunk].repeat_interleave(block_k, dim=-1)
-            codes = torch.where(of_code & 0x7F == 0, 0, codes ^ (of_code >> 7 << 3))
-        if format == "mxfp8":  # what the value's bits cannot say
-            has_nan = (codes & 0x7F == E4M3_NAN).unflatten(-1, (-1, block_k)).any(-1)
-            stored = torch.where(has_nan, 255, stored)
-        blocks = _words(codes).view(torch.uint8) if fmt.pack == 2 else _bytes(codes)
-        packed[chunk, ..., :value_bytes] = blocks.flatten(3)
-        packed[chunk, ..., value_bytes:] = _scale_blocks(stored, k // BLOCK)
+        if act_format == "fp8_block":
+            packed[chunk] = _blocks_e4m3(codes, scale[chunk], chunk.start)
+        else:
+            packed[chunk] = _blocks_bf16(codes, scale[chunk], format)
     return packed
 
 
 def unpack_weight(packed: Tensor, format: str) -> tuple[Tensor, Tensor]:
-    """The inverse of `pack_weight`: (values [E, N, K/pack], scale [E, N, K / block_k]) in the format's dtypes.
+    """The inverse of `pack_weight`, for any activations: (values [E, N, K/pack], scale [E, N, K / block_k]) in the
+    format's dtypes.
 
     What a zero or negative nvfp4 scale multiplied, and mxfp4 and mxfp8 scales from 2^65 on, come back as numbers of the
-    same value (infinity for the latter).
+    same value (infinity for the latter). Packed for fp8_block activations, scales from 2^65 on come back as they were,
+    and those of blocks of zeros as the largest of their row.
     """
     _block_k("unpack_weight", format)
     expect_packed("unpack_weight", "packed", packed, format)
     fmt, value_bytes = FORMATS[format], VALUE_BYTES[format]
-    blocks = packed[..., :value_bytes]
-    if fmt.pack == 2:
-        codes = _codes(blocks.contiguous().view(torch.int32))
-        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+    values, scales, exponents = packed.tensor_split((value_bytes, value_bytes + SCALE_BYTES[format]), dim=-1)
+    scale = _rows_of_scales(scales)
+    if exponents.shape[-1]:
+        codes = _codes_e4m3(values.contiguous().view(torch.int32))
+        scale = _rows_of_exponents(exponents).repeat_interleave(2, dim=-1) - scale // 8
     else:
-        codes = _codes_of_bytes(blocks)
-    scale = _scales_stored(format).to(packed.device)[_rows_of_scales(packed[..., value_bytes:]).int()]
+        codes = _codes(values.contiguous().view(torch.int32)) if fmt.pack == 2 else _codes_of_bytes(values)
+        scale = _scales_stored(format).to(packed.device)[scale.int()]
+    if fmt.pack == 2:
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
     return codes.view(fmt.dtype), scale.view(fmt.scale_dtype)
 
 
@@ -135,10 +165,15 @@ def as_stored(weight: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor
     return weight, scale
 
 
-def expect_packed(op: str, argument: str, packed: Tensor, format: str) -> None:
-    size = VALUE_BYTES[format] + SCALE_BYTES[format]
-    if packed.dim() != 4 or packed.dtype != torch.uint8 or packed.shape[-1] != size or not packed.is_contiguous():
-        expected = f"contiguous uint8 [E, N/{BLOCK}, K/{BLOCK}, {size}] of pack_weight"
+def expect_packed(op: str, argument: str, packed: Tensor, format: str, act_format: str | None = None) -> None:
+    """None: for any activations. Those that no layout is made for go with that for bf16."""
+    sizes, call = BLOCK_BYTES[format], "pack_weight"
+    if act_format is not None and len(sizes) > 1:
+        act_format = act_format if act_format in sizes else "bf16"
+        sizes, call = {act_format: sizes[act_format]}, f'{call}(..., act_format="{act_format}")'
+    is_uint8 = packed.dim() == 4 and packed.dtype == torch.uint8 and packed.is_contiguous()
+    if not is_uint8 or packed.shape[-1] not in sizes.values():
+        expected = f"contiguous uint8 [E, N/{BLOCK}, K/{BLOCK}, {' or '.join(map(str, sizes.values()))}] of {call}"
         refuse(op, argument, expected, describe(packed.dtype, packed.shape, packed.device))
 
 
@@ -148,10 +183,78 @@ def _block_k(op: str, format: str) -> int:
     return FORMATS[format].weight_block[1]
 
 
+def _blocks_bf16(codes: Tensor, scale: Tensor, format: str) -> Tensor:
+    """codes uint8 [E, N, K] and scale uint8 [E, N, K / block_k] -> [E, N/64, K/64, bytes]."""
+    fmt, stored = FORMATS[format], _stored_scales(format).to(scale.device)[scale.int()]
+    if format == "nvfp4":  # what the stored scale cannot say
+        of_code = scale.repeat_interleave(fmt.weight_block[1], dim=-1)
+        codes = torch.where(of_code & 0x7F == 0, 0, codes ^ (of_code >> 7 << 3))
+    if format == "mxfp8":  # what the value's bits cannot say
+        has_nan = (codes & 0x7F == E4M3_NAN).unflatten(-1, (-1, fmt.weight_block[1])).any(-1)
+        stored = torch.where(has_nan, 255, stored)
+    values = _words(codes).view(torch.uint8) if fmt.pack == 2 else _bytes(codes)
+    return torch.cat((values.flatten(3), _scale_blocks(stored, codes.shape[2] // BLOCK)), dim=-1)
+
+
+def _blocks_e4m3(codes: Tensor, scale: Tensor, first_expert: int) -> Tensor:
+    """codes uint8 [E, N, K] and scale uint8 [E, N, K/32] of mxfp4 -> [E, N/64, K/64, bytes]."""
+    k_blocks = codes.shape[2] // BLOCK
+    largest, difference = _exponents(codes, scale, first_expert)
+    values = _words_e4m3(codes).view(torch.uint8).flatten(3)
+    exponents = _exponent_blocks(largest).expand(-1, -1, k_blocks, -1)
+    return torch.cat((values, _scale_blocks(8 * difference, k_blocks), exponents), dim=-1)
+
+
+def _exponents(codes: Tensor, scale: Tensor, first_expert: int) -> tuple[Tensor, Tensor]:
+    """(the rows' largest exponents [E, N], what those of their blocks lack [E, N, K/32]), both uint8.
+
+    Refuses what e4m3 cannot say; `first_expert` is the number of the first one here.
+    """
+    has_value = (codes & 7 != 0).unflatten(-1, (scale.shape[-1], -1)).any(-1)
+    exponent = scale.short()
+    largest = torch.where(has_value, exponent, -1).amax(-1)
+    largest = torch.where(largest < 0, NO_EXPONENT, largest)
+    difference = torch.where(has_value, largest[..., None] - exponent, 0)
+    most = difference.amax(-1)
+    refused = (most > MAX_DIFFERENCE) | (largest == E8M0_NAN)
+    if refused.any():
+        expert, row = refused.nonzero()[0].tolist()
+        expected = f"exponents within {MAX_DIFFERENCE} of the largest in each row (e4m3 holds no more)"
+        got = "NaN" if largest[expert, row] == E8M0_NAN else f"{most[expert, row]} less"
+        refuse("pack_weight", "scale", expected, f"{got} in row {row} of expert {first_expert + expert}")
+    return largest.byte(), difference.byte()
+
+
 def _code_bits(register: int, half: int) -> tuple[int, ...]:
     """Which bits of a word are the bits of a register's code, lowest first."""
     shifts = (MAGNITUDE_SHIFTS[register],) * 3 + (SIGN_SHIFTS[register],)
     return tuple(bit + 16 * half - shift for bit, shift in zip(REGISTER_BITS, shifts, strict=True))
+
+
+def _code_bits_e4m3(i: int) -> tuple[int, ...]:
+    """The same of V[i]."""
+    return (4 * i, 4 * i + 1, 4 * i + 2, 8 * i + 7 if i < 4 else 8 * (i - 4) + 3)
+
+
+BITS = [_code_bits(register, half) for register in range(4) for half in range(2)]
+BITS_E4M3 = [_code_bits_e4m3(i) for i in range(8)]
+
+
+def _join(codes: Tensor, bits: list[tuple[int, ...]]) -> Tensor:
+    """uint8 [8, ...] -> int32 [...]: words with each code's bits at its places."""
+    words = torch.zeros(codes.shape[1:], dtype=torch.int32, device=codes.device)
+    for code, positions in zip(codes, bits, strict=True):
+        for i, position in enumerate(positions):
+            words |= (code.int() >> i & 1) << position
+    return words
+
+
+def _split(words: Tensor, bits: list[tuple[int, ...]]) -> Tensor:
+    """The inverse of `_join`."""
+    codes = torch.empty((8, *words.shape), dtype=torch.uint8, device=words.device)
+    for code, positions in zip(codes, bits, strict=True):
+        code.copy_(sum((words >> position & 1) << i for i, position in enumerate(positions)))
+    return codes
 
 
 def _words(codes: Tensor) -> Tensor:
@@ -160,25 +263,31 @@ def _words(codes: Tensor) -> Tensor:
     codes = codes.view(num_experts, n // BLOCK, 4, 2, 8, k // BLOCK, 2, 2, 2, 4, 2)
     # eights of k, of rows, value; [E, N/64, K/64, half, warp, row, c, step]
     codes = codes.permute(8, 3, 10, 0, 1, 5, 6, 2, 4, 9, 7)
-    words = torch.zeros(codes.shape[3:], dtype=torch.int32, device=codes.device)
-    for register in range(4):
-        for half in range(2):
-            code = codes[register // 2, register % 2, half].int()
-            for bit, position in enumerate(_code_bits(register, half)):
-                words |= (code >> bit & 1) << position
-    return words.flatten(4, 6)
+    return _join(codes.flatten(0, 2), BITS).flatten(4, 6)
 
 
 def _codes(words: Tensor) -> Tensor:
     """The inverse of `_words`; its last three dimensions may be one."""
     num_experts, row_blocks, k_blocks = words.shape[:3]
-    words = words.reshape(num_experts, row_blocks, k_blocks, 2, 4, 8, 4, 2)
-    codes = torch.empty((2, 2, 2, *words.shape), dtype=torch.uint8, device=words.device)
-    for register in range(4):
-        for half in range(2):
-            bits = (words >> position & 1 for position in _code_bits(register, half))
-            codes[register // 2, register % 2, half] = sum(bit << i for i, bit in enumerate(bits))
+    codes = _split(words.reshape(num_experts, row_blocks, k_blocks, 2, 4, 8, 4, 2), BITS).unflatten(0, (2, 2, 2))
     codes = codes.permute(3, 4, 7, 1, 8, 5, 6, 10, 0, 9, 2)
+    return codes.reshape(num_experts, row_blocks * BLOCK, k_blocks * BLOCK)
+
+
+def _words_e4m3(codes: Tensor) -> Tensor:
+    """codes uint8 [E, N, K] -> int32 [E, N/64, K/64, 2 halves, 128 threads, 2 rows]."""
+    num_experts, n, k = codes.shape
+    codes = codes.view(num_experts, n // BLOCK, 4, 2, 8, k // BLOCK, 2, 2, 4, 4)
+    # sixteens of k, value; [E, N/64, K/64, half, warp, row, c, eights of rows]
+    codes = codes.permute(7, 9, 0, 1, 5, 6, 2, 4, 8, 3)
+    return _join(codes.flatten(0, 1), BITS_E4M3).flatten(4, 6)
+
+
+def _codes_e4m3(words: Tensor) -> Tensor:
+    """The inverse of `_words_e4m3`; its last three dimensions may be one."""
+    num_experts, row_blocks, k_blocks = words.shape[:3]
+    codes = _split(words.reshape(num_experts, row_blocks, k_blocks, 2, 4, 8, 4, 2), BITS_E4M3).unflatten(0, (2, 4))
+    codes = codes.permute(2, 3, 6, 9, 7, 4, 5, 0, 8, 1)
     return codes.reshape(num_experts, row_blocks * BLOCK, k_blocks * BLOCK)
 
 
@@ -210,6 +319,17 @@ def _rows_of_scales(blocks: Tensor) -> Tensor:
     num_experts, row_blocks, k_blocks, size = blocks.shape
     blocks = blocks.reshape(num_experts, row_blocks, k_blocks, 4, 8, size // 128, 2, 2)
     return blocks.permute(0, 1, 3, 6, 4, 2, 5, 7).reshape(num_experts, row_blocks * BLOCK, -1)
+
+
+def _exponent_blocks(largest: Tensor) -> Tensor:
+    """uint8 [E, N] -> [E, N/64, 1, bytes]."""
+    num_experts, n = largest.shape
+    return largest.view(num_experts, n // BLOCK, 1, 4, 2, 8).transpose(-1, -2).flatten(3)
+
+
+def _rows_of_exponents(blocks: Tensor) -> Tensor:
+    """uint8 [E, N/64, K/64, bytes], alike for all K -> [E, N, K/64]."""
+    return blocks.unflatten(3, (4, 8, 2)).permute(0, 1, 3, 5, 4, 2).flatten(1, 4)
 
 
 def _stored_scales(format: str) -> Tensor:

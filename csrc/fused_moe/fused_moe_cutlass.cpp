@@ -217,7 +217,7 @@ Tensor run_layer(const std::string& tactic, const Tensor& hidden_states, const T
   const bool packed = packing_of(w13, weight_format) != Packing::none;
   layer.format = act_format_of(w13, weight_format);
   MOE_EXPECT(takes_acts(layer.format), kOp, "format", "bf16, fp16, fp8_block or packed nvfp4, mxfp4 or mxfp8 for this backend", format);
-  const std::string expected_acts = packed ? "bf16" : format;
+  const std::string expected_acts = !packed ? format : layer.format == Format::fp8_block ? "fp8_block" : "bf16";
   MOE_EXPECT((act_format.empty() ? format : act_format) == expected_acts, kOp, "act_format", expected_acts << " for this backend", act_format);
   MOE_EXPECT(packing_of(w2, weight_format) == packing_of(w13, weight_format), kOp, "w2", "packed like w13", describe(w2));
   const std::pair<const char*, const std::optional<Tensor>&> global_scales[] = {{"a13_global_scale", a13_global_scale},

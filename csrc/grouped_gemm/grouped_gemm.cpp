@@ -22,7 +22,7 @@ Tensor grouped_gemm_with(const Launcher& launcher, const Tensor& a, const Tensor
                          const std::optional<Tensor>& bias, const std::optional<Tensor>& expert_rows, const std::string& format,
                          const std::string& act_format, int64_t b_parts, const std::optional<ScalarType>& out_dtype) {
   const Format parsed = parse_format(kOp, format), acts = act_format_of(b, parsed);
-  const std::string expected_acts = acts == parsed ? format : "bf16";
+  const std::string expected_acts = acts == parsed ? format : acts == Format::fp8_block ? "fp8_block" : "bf16";
   MOE_EXPECT((act_format.empty() ? format : act_format) == expected_acts, kOp, "act_format", expected_acts << " for this backend", act_format);
   MOE_EXPECT(acts == Format::bf16 || acts == Format::fp16 || acts == Format::int8 || acts == Format::fp8_block, kOp, "format",
              "bf16, fp16, int8, fp8_block or packed nvfp4, mxfp4 or mxfp8 for this backend", format);

@@ -19,12 +19,15 @@ struct ScaleView {
 };
 
 // How b is stored: rows of ab_dtype, or 64 x 64 blocks of values and their scales (torch_moe_ops/packed_weights.py), which are multiplied
-// as numbers of ab_dtype.
-enum class Packing : int { none = 0, nvfp4 = 1, mxfp4 = 2, mxfp8 = 3 };
+// as numbers of ab_dtype: bfloat16, mxfp4_e4m3 float8_e4m3.
+enum class Packing : int { none = 0, nvfp4 = 1, mxfp4 = 2, mxfp8 = 3, mxfp4_e4m3 = 4 };
 
 constexpr int kPackedBlock = 64;  // rows, and k
 constexpr int packed_value_bytes(Packing packing) { return 64 * 64 / (packing == Packing::mxfp8 ? 1 : 2); }
-constexpr int packed_block_bytes(Packing packing) { return packed_value_bytes(packing) + 64 * 64 / (packing == Packing::nvfp4 ? 16 : 32); }
+constexpr int packed_scale_bytes(Packing packing) { return 64 * 64 / (packing == Packing::nvfp4 ? 16 : 32); }
+constexpr int packed_block_bytes(Packing packing) {  // mxfp4_e4m3: and an exponent for each row
+  return packed_value_bytes(packing) + packed_scale_bytes(packing) + (packing == Packing::mxfp4_e4m3 ? 64 : 0);
+}
 
 // What an expert of `size` rows uses of them.
 __host__ __device__ constexpr int32_t rows_in_use(int32_t expert_rows, int32_t size) {

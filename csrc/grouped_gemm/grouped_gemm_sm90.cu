@@ -21,7 +21,8 @@ const char* grouped_gemm_sm90_why_not(const GroupedGemmArgs& args) {
   if (args.ab_dtype != DType::bfloat16 && args.ab_dtype != DType::float16 && args.ab_dtype != DType::float8_e4m3)
     return "a and b must be bfloat16, float16 or float8_e4m3fn";
   if (args.packing != Packing::none) {
-    if (args.ab_dtype != DType::bfloat16) return "packed weights are multiplied by bfloat16 activations";
+    if (args.ab_dtype != (args.packing == Packing::mxfp4_e4m3 ? DType::float8_e4m3 : DType::bfloat16))
+      return "packed weights are multiplied by activations of the kind they are packed for";
     if (args.n / args.b_parts % kPackedBlock != 0 || args.k % kPackedBlock != 0) return "packed weights come in blocks of 64 x 64";
   }
   if (args.k * element % 16 != 0) return "rows of a and b must be a multiple of 16 bytes long (TMA)";
@@ -48,6 +49,7 @@ auto with_element(const GroupedGemmArgs& args, F&& f) {
   if (args.packing == Packing::nvfp4) return f.template operator()<__nv_bfloat16, Packing::nvfp4>();
   if (args.packing == Packing::mxfp4) return f.template operator()<__nv_bfloat16, Packing::mxfp4>();
   if (args.packing == Packing::mxfp8) return f.template operator()<__nv_bfloat16, Packing::mxfp8>();
+  if (args.packing == Packing::mxfp4_e4m3) return f.template operator()<__nv_fp8_e4m3, Packing::mxfp4_e4m3>();
   if (args.ab_dtype == DType::float8_e4m3) return f.template operator()<__nv_fp8_e4m3, Packing::none>();
   if (args.ab_dtype == DType::float16) return f.template operator()<__half, Packing::none>();
   return f.template operator()<__nv_bfloat16, Packing::none>();
@@ -80,9 +82,8 @@ sm90::LayerFacts fused_gemms_sm90_facts(const FusedGemms& f, bool can_gather) {
   using sm90::Elements;
   int num_sms = 0;
   if (count_sms(&num_sms) != cudaSuccess) num_sms = 0;  // the launch will say so
-  const Elements elements = f.gemm1.packing != Packing::none         ? Elements::packed
-                            : f.gemm1.ab_dtype == DType::float8_e4m3 ? Elements::float8
-                                                                     : Elements::bits16;
+  const bool packed = f.gemm1.packing != Packing::none, float8 = f.gemm1.ab_dtype == DType::float8_e4m3;
+  const Elements elements = packed ? (float8 ? Elements::packed_float8 : Elements::packed) : float8 ? Elements::float8 : Elements::bits16;
   return {elements, f.gemm1.num_rows, f.gemm1.num_experts, f.gemm2.n, f.gemm2.k, num_sms, can_gather};
 }
 

@@ -63,8 +63,9 @@ struct Config {
   static constexpr int kBlockBytes = packed_block_bytes(kPacking);  // packed: of 64 weight rows
   // K blocks, 128 bytes of a token, in a stage. With few tokens a block of 64 k is less work than its barriers.
   static constexpr int kStageBlocks = !kFloat8 && kSplit ? 2 : 1;
+  static constexpr int kStageWeightBlocks = kStageBlocks * (kPacked && kFloat8 ? 2 : 1);  // packed: of 64 k each
   static constexpr int kBlockWeightBytes = kPacked ? kRows / kPackedBlock * kBlockBytes : kRows * 128, kBlockTokenBytes = kMaxTokens * 128;
-  static constexpr int kWeightBytes = kStageBlocks * kBlockWeightBytes, kTokenBytes = kStageBlocks * kBlockTokenBytes;
+  static constexpr int kWeightBytes = kStageWeightBlocks * kBlockWeightBytes, kTokenBytes = kStageBlocks * kBlockTokenBytes;
   static constexpr int kWaveScales = kFloat8 ? kMaxTokens : 0;  // floats a wave and stage
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes + 4 * kWaves * kWaveScales;
   // Epilogue: up to 64 tokens (packed: 128) x 64 columns of 16 bits for each warpgroup. Gated float8, narrow: act [64, 128] bytes, amax
@@ -89,7 +90,7 @@ struct Config {
   static constexpr int kProducerRegisters = kBlocksPerSm == 2 ? 48 : kBusyProducers ? 72 : 56;
   static constexpr int kConsumerRegisters = kBlocksPerSm == 2 ? 96 : kBusyProducers ? 216 : 224;
   static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (kBlocksPerSm == 2 ? 80 : 168));
-  static_assert(!kPacked || sizeof(Element) == 2);
+  static_assert((kPacking == Packing::mxfp4_e4m3) == (kPacked && kFloat8) && !(kPacked && kFloat8 && kMaxTokens > 64));
   static_assert(kBlocksPerSm == 1 || kMaxTokens == 32);
   static_assert(kMaxTokens == 32 || kMaxTokens == 64 || (kMaxTokens == 128 && kWarpgroups == 2), "a wide tile gives 64 tokens to each of two warpgroups");
   static_assert(!kGated || (kWaves == 2 && kWaveRows == 128), "a float8 scale group is 128 channels");

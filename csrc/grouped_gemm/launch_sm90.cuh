@@ -147,6 +147,10 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   return launch_kernel<C>(p, tiles1 + tiles2, num_sms, stream);
 }
 
+// Of a tile. mxfp4_e4m3: two waves of sums, their partial sums and operands fill the registers (HISTORY.md has what else was tried).
+template <Packing kPacking>
+constexpr int kMostTokens = kPacking == Packing::mxfp4_e4m3 ? 64 : 128;
+
 // Calls f.operator()<Config>() with the configuration of two fused GEMMs; `tiles` are possible ones (is_possible).
 template <class Element, Packing kPacking, class F>
 auto with_fused_config(Tiles tiles, F&& f) {
@@ -154,10 +158,11 @@ auto with_fused_config(Tiles tiles, F&& f) {
     case Tiles::split64: return f.template operator()<Config<Element, 32, 1, 1, Mode::split, kPacking>>();
     case Tiles::split128: return f.template operator()<Config<Element, 32, 2, 1, Mode::split, kPacking>>();
     case Tiles::gated32:
-      if constexpr (kPacking != Packing::none) return f.template operator()<Config<Element, 32, 2, 2, Mode::gated, kPacking, 2>>();
+      if constexpr (kPacking != Packing::none && kPacking != Packing::mxfp4_e4m3)
+        return f.template operator()<Config<Element, 32, 2, 2, Mode::gated, kPacking, 2>>();
       [[fallthrough]];
     case Tiles::gated64: return f.template operator()<Config<Element, 64, 2, 2, Mode::gated, kPacking>>();
-    default: return f.template operator()<Config<Element, 128, 2, 2, Mode::gated, kPacking>>();  // gated128, gathered128
+    default: return f.template operator()<Config<Element, kMostTokens<kPacking>, 2, 2, Mode::gated, kPacking>>();  // gated128, gathered128
   }
 }
 
@@ -169,17 +174,17 @@ cudaError_t launch_fused_element(const FusedGemms&, int num_sms, cudaStream_t);
 
 template <class Element, Packing kPacking>
 cudaError_t launch_element_impl(int32_t rows, const GroupedGemmArgs& args, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
-  if constexpr (kPacking != Packing::none)
+  if constexpr (kPacking != Packing::none && kPacking != Packing::mxfp4_e4m3)
     if (very_few_tokens(args.num_rows, args.num_experts))
       return rows == 64 ? launch_plain<Config<Element, 32, 1, 1, Mode::plain, kPacking, 2>>(args, tile_counter, num_sms, stream)
                         : launch_plain<Config<Element, 32, 2, 1, Mode::plain, kPacking, 2>>(args, tile_counter, num_sms, stream);
   switch (rows) {
     case 64: return launch_plain<Config<Element, 64, 1, 1, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
-    case 128: return launch_plain<Config<Element, 128, 2, 1, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
+    case 128: return launch_plain<Config<Element, kMostTokens<kPacking>, 2, 1, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
     default:
       return few_tokens(args.num_rows, args.num_experts)
                  ? launch_plain<Config<Element, 64, 2, 2, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream)
-                 : launch_plain<Config<Element, 128, 2, 2, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
+                 : launch_plain<Config<Element, kMostTokens<kPacking>, 2, 2, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
   }
 }
 

@@ -4,6 +4,7 @@
 //   wide:   wave w is total[w * 64 ..]          = [64 tokens of this warpgroup, 128 weight rows]
 // in wgmma's register layout (mma_sm90.cuh).
 #pragma once
+#include "grouped_gemm/packed_float8_mainloop_sm90.cuh"
 #include "grouped_gemm/packed_mainloop_sm90.cuh"
 
 namespace moe::sm90 {
@@ -166,7 +167,9 @@ __device__ __forceinline__ void multiply_16bit(const Smem<C>& smem, PipelineStat
 template <class C, int kTokens>
 __device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, int warpgroup,
                                          float (&total)[C::kWaves * kTokens / 2]) {
-  if constexpr (C::kPacked && C::kMaxTokens <= 64 && kTokens <= kFewTokens) {  // a larger tile has no registers for both loops
+  if constexpr (C::kPacked && C::kFloat8) {
+    multiply_packed_float8<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
+  } else if constexpr (C::kPacked && C::kMaxTokens <= 64 && kTokens <= kFewTokens) {  // a larger tile has no registers for both loops
     multiply_packed_few<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
   } else if constexpr (C::kPacked) {
     multiply_packed<C, kTokens>(smem, pipe, k_stages, warpgroup, total);

@@ -40,6 +40,7 @@ template <class Element, int kN> struct RegisterInstruction;  // a in registers
   template <> struct Instruction<__nv_fp8_e4m3, N> { using type = gmma::MMA_64x##N##x32_F32E4M3E4M3_SS_TN<>; };           \
   template <> struct Instruction<__nv_bfloat16, N> { using type = gmma::MMA_64x##N##x16_F32BF16BF16_SS<kK, kK>; };         \
   template <> struct Instruction<__half, N> { using type = gmma::MMA_64x##N##x16_F32F16F16_SS<kK, kK>; };                  \
+  template <> struct RegisterInstruction<__nv_fp8_e4m3, N> { using type = gmma::MMA_64x##N##x32_F32E4M3E4M3_RS_TN<>; };    \
   template <> struct RegisterInstruction<__nv_bfloat16, N> { using type = gmma::MMA_64x##N##x16_F32BF16BF16_RS<kK, kK>; };
 MOE_INSTRUCTIONS(8)
 MOE_INSTRUCTIONS(16)
@@ -65,18 +66,20 @@ struct Mma {
   }
 };
 
-// d[kOffset .. kOffset + kN / 2) += a * b^T with a [64, 16] in registers: those of thread t are (row 16*(t/32) + t%32/4 + 8*(j%2),
-// k 2*(t%4) + 8*(j/2) + {0,1}).
+// d[kOffset .. kOffset + kN / 2) (+)= a * b^T with a [64, 32 bytes of K] in registers: those of thread t are (row
+// 16*(t/32) + t%32/4 + 8*(j%2), the four bytes from 4*(t%4) + 16*(j/2) on).
 template <class Element, int kN, size_t kOffset = 0>
 struct RegisterMma {
   template <int kCount, size_t... kIndex>
-  __device__ static void expand(const uint32_t* a, uint64_t b, float (&d)[kCount], std::index_sequence<kIndex...>) {
-    detail::RegisterInstruction<Element, kN>::type::fma(a[0], a[1], a[2], a[3], b, d[kOffset + kIndex]..., cute::SM90::GMMA::ScaleOut::One);
+  __device__ static void expand(const uint32_t* a, uint64_t b, float (&d)[kCount], bool accumulate, std::index_sequence<kIndex...>) {
+    using cute::SM90::GMMA::ScaleOut;
+    detail::RegisterInstruction<Element, kN>::type::fma(a[0], a[1], a[2], a[3], b, d[kOffset + kIndex]...,
+                                                        accumulate ? ScaleOut::One : ScaleOut::Zero);
   }
   template <int kCount>
-  __device__ static void run(const uint32_t* a, uint32_t b, float (&d)[kCount]) {  // b: a low word
+  __device__ static void run(const uint32_t* a, uint32_t b, float (&d)[kCount], bool accumulate) {  // b: a low word
     static_assert(kOffset + kN / 2 <= kCount);
-    expand(a, descriptor(b), d, std::make_index_sequence<kN / 2>{});
+    expand(a, descriptor(b), d, accumulate, std::make_index_sequence<kN / 2>{});
   }
 };
 

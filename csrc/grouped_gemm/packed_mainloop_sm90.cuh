@@ -10,9 +10,12 @@
 namespace moe::sm90 {
 
 // What the products below have to be multiplied by: 4-bit values come with 2^-126, 8-bit ones with 2^-120, nvfp4 scales with 2^107, the
-// others with 2^63.
+// others with 2^63. float8: nothing.
 template <Packing kPacking>
-constexpr float kUnpackedScale = kPacking == Packing::nvfp4 ? float(1 << 19) : kPacking == Packing::mxfp4 ? float(1ull << 63) : float(1ull << 57);
+constexpr float kUnpackedScale = kPacking == Packing::nvfp4   ? float(1 << 19)
+                                 : kPacking == Packing::mxfp4 ? float(1ull << 63)
+                                 : kPacking == Packing::mxfp8 ? float(1ull << 57)
+                                                              : 1.f;
 
 // Both halves of x, bfloat16, times one half of y.
 __device__ __forceinline__ uint32_t times_lower(uint32_t x, uint32_t y) {
@@ -115,7 +118,7 @@ __device__ __forceinline__ void multiply_packed(const Smem<C>& smem, PipelineSta
       for (int step = 0; step < 2 * kHalves; ++step) {
         const int half = half_of(pass, g, step / 2);
         RegisterMma<typename C::Element, kTokens, (C::kWaves == 2 ? g * (kTokens / 2) : 0)>::run(
-            a[g] + 4 * step, tokens + half / 2 * (C::kBlockTokenBytes >> 4) + 4 * (half % 2) + 2 * (step % 2), total);
+            a[g] + 4 * step, tokens + half / 2 * (C::kBlockTokenBytes >> 4) + 4 * (half % 2) + 2 * (step % 2), total, true);
       }
       cute::warpgroup_commit_batch();
       cute::warpgroup_wait<1>();  // for the group before this one

@@ -9,8 +9,7 @@ namespace moe::sm90 {
 // Tells GEMM2 that this warp's (gated) or this group's (split) part of a token tile of act is in memory.
 template <class C>
 __device__ __forceinline__ void signal_ready(const KernelParams& p, int32_t token_tile) {
-  fence_async_proxy();  // GEMM2 reads act by TMA
-  fence_gpu();
+  fence_gpu();  // GEMM2 reads act by TMA: the fence between the two proxies is the reader's (wait_for_act())
   atomicAdd(p.ready + token_tile, 1);
   if (C::kSplit) atomicAdd(p.all_ready, 1);
 }

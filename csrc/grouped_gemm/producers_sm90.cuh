@@ -27,7 +27,7 @@ template <class C>
 __device__ __forceinline__ void load_packed(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe) {
   const GemmParams& g = p.gemm[tile.gemm];
   const int lane = threadIdx.x & 31, blocks = g.part_rows / kPackedBlock;  // of a part
-  const bool used = lane < kBlocks<C> * C::kStageBlocks;
+  const bool used = lane < kBlocks<C> * C::kStageWeightBlocks;
   const int in_block = lane % kBlocks<C>;
   int32_t part = 0, row = 0, kb = lane / kBlocks<C>;
   if (used) wave_origin<C>(p, tile, in_block / C::kWarpgroups, part, row);
@@ -37,8 +37,8 @@ __device__ __forceinline__ void load_packed(const KernelParams& p, const Smem<C>
   const int64_t first = (int64_t(tile.expert * g.parts + part) * blocks + block) * g.packed_k_blocks + kb;
   const uint8_t* source = g.packed_weights + first * C::kBlockBytes;
   const uint32_t target = smem.weights + lane * C::kBlockBytes;
-  for (int stage = 0; stage < g.k_stages; ++stage, pipe.advance(), source += C::kStageBlocks * C::kBlockBytes) {
-    if constexpr (C::kStageBlocks == 2) {
+  for (int stage = 0; stage < g.k_stages; ++stage, pipe.advance(), source += C::kStageWeightBlocks * C::kBlockBytes) {
+    if constexpr (C::kStageWeightBlocks == 2) {
       if (kb == g.packed_k_blocks) source -= C::kBlockBytes;
       kb += 2;
     }
@@ -112,7 +112,7 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
     slot.advance();
     if (tile.size == 0) return;
     const GemmParams& g = p.gemm[tile.gemm];
-    if constexpr (C::kFloat8)  // to L2, long before the token warps read them
+    if constexpr (C::kFloat8 && !C::kPacked)  // to L2, long before the token warps read them
       for (int w = 0; w < C::kWaves; ++w)
         for (int kb = threadIdx.x & 31; kb < g.k_stages; kb += kLanes)
           asm volatile("prefetch.global.L2 [%0];" ::"l"(weight_scales<C>(p, tile, w) + kb * g.b_scale.stride_k));
@@ -173,7 +173,7 @@ struct TokenLoader {
     if constexpr (C::kFloat8) {
       const GemmParams& g = p.gemm[tile.gemm];
 #pragma unroll
-      for (int w = 0; w < C::kWaves; ++w) b_scale[w] = weight_scales<C>(p, tile, w);
+      for (int w = 0; w < C::kWaves && !C::kPacked; ++w) b_scale[w] = weight_scales<C>(p, tile, w);
       a_scale = g.a_scale.data + int64_t(tile.token + lane) * g.a_scale.stride_row;
     }
   }
@@ -189,7 +189,7 @@ struct TokenLoader {
       else s.a[i] = exists ? __ldg(address) : 0.f;
     }
 #pragma unroll
-    for (int w = 0; w < C::kWaves; ++w) s.b[w] = __ldg(b_scale[w] + kb * g.b_scale.stride_k);
+    for (int w = 0; w < C::kWaves; ++w) s.b[w] = C::kPacked ? 1.f : __ldg(b_scale[w] + kb * g.b_scale.stride_k);
     return s;
   }
 

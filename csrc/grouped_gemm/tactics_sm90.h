@@ -20,7 +20,7 @@ constexpr int64_t max_token_tiles(int64_t num_rows, int32_t num_experts, int32_t
 
 // ---- two fused GEMMs ----
 
-enum class Elements { bits16, float8, packed };  // what is multiplied; packed: by 16-bit tokens
+enum class Elements { bits16, float8, packed, packed_float8 };  // what is multiplied; packed: by 16-bit tokens
 
 // Tiles of both GEMMs: Mode (sm90_config.h), and weight rows (split) or the most tokens (gated, of 256 weight rows).
 //   gated32: packed only, two thread blocks an SM.   gathered128: gated128 whose GEMM1 gathers its tokens; the others read permuted ones.
@@ -44,7 +44,12 @@ struct LayerFacts {
 };
 
 constexpr const TacticConstants& constants_of(Elements elements) {
-  return elements == Elements::bits16 ? kBits16Tactics : elements == Elements::float8 ? kFloat8Tactics : kPackedTactics;
+  switch (elements) {
+    case Elements::bits16: return kBits16Tactics;
+    case Elements::float8: return kFloat8Tactics;
+    case Elements::packed: return kPackedTactics;
+    default: return kPackedFloat8Tactics;
+  }
 }
 
 constexpr bool gated(Tiles tiles) { return tiles != Tiles::split64 && tiles != Tiles::split128; }
@@ -52,6 +57,7 @@ constexpr int32_t tokens_of(Tiles tiles) { return !gated(tiles) || tiles == Tile
 
 constexpr bool is_possible(const LayerFacts& f, const Tactic& tactic) {
   if (tactic.tiles == Tiles::gated32 && f.elements != Elements::packed) return false;
+  if (tokens_of(tactic.tiles) > 64 && f.elements == Elements::packed_float8) return false;
   if (tactic.tiles == Tiles::gathered128 && !f.can_gather) return false;
   return gated(tactic.tiles) || !tactic.gemm2_alone;
 }
@@ -72,7 +78,7 @@ inline Tiles choose_tiles(const LayerFacts& f) {
   // Split where tiles of 256 weight rows are too few to keep the memory busy and an expert has few tokens.
   if (rows_an_expert_up_to(c.split_rows) && std::min(tiles(gemm1_rows, 256), tiles(gemm2_rows, 256)) < c.split_rounds * f.num_sms)
     return tiles(gemm1_rows, 128) < c.split64_rounds * f.num_sms ? Tiles::split64 : Tiles::split128;
-  if (rows_an_expert_up_to(c.gated64_rows)) return Tiles::gated64;
+  if (rows_an_expert_up_to(c.gated64_rows) || f.elements == Elements::packed_float8) return Tiles::gated64;
   // Gathering saves writing and reading permuted tokens; but every row tile copies its tokens anew by instructions, where TMA takes permuted
   // ones, and the consumers wait for a fence (of which 16 bits notice less).
   return f.can_gather && tiles_of(f.intermediate_size, 128) <= c.gathered_row_tiles ? Tiles::gathered128 : Tiles::gated128;

@@ -29,14 +29,20 @@ inline Packing packing_of(const Tensor& b, Format format) {
   if (b.dim() != 4) return Packing::none;
   switch (format) {
     case Format::nvfp4: return Packing::nvfp4;
-    case Format::mxfp4: return Packing::mxfp4;
+    case Format::mxfp4: return b.size(3) == packed_block_bytes(Packing::mxfp4_e4m3) ? Packing::mxfp4_e4m3 : Packing::mxfp4;
     case Format::mxfp8: return Packing::mxfp8;
     default: return Packing::none;
   }
 }
 
 // What multiplies b [E, n, k] in a format.
-inline Format act_format_of(const Tensor& b, Format format) { return packing_of(b, format) == Packing::none ? format : Format::bf16; }
+inline Format act_format_of(const Tensor& b, Format format) {
+  switch (packing_of(b, format)) {
+    case Packing::none: return format;
+    case Packing::mxfp4_e4m3: return Format::fp8_block;
+    default: return Format::bf16;
+  }
+}
 
 // The weight side: b [E, n, k], or packed, its scales and bias. `name` is b's, "w13" say; num_rows, a and out are the caller's.
 inline GroupedGemmArgs weight_args(const char* op, const std::string& name, const Tensor& b, const std::optional<Tensor>& scale,
@@ -51,7 +57,7 @@ inline GroupedGemmArgs weight_args(const char* op, const std::string& name, cons
   const int64_t num_experts = b.size(0), n = b.size(1) * (packed ? kPackedBlock : 1), k = b.size(2) * (packed ? kPackedBlock : 1);
   MOE_EXPECT(parts >= 1 && n % parts == 0, op, name.c_str(), "a multiple of " << parts << " rows per expert", n);
   args.b = b.data_ptr();
-  args.ab_dtype = packed ? DType::bfloat16 : element_dtype(dtype);
+  args.ab_dtype = args.packing == Packing::mxfp4_e4m3 ? DType::float8_e4m3 : packed ? DType::bfloat16 : element_dtype(dtype);
   args.num_experts = static_cast<int32_t>(num_experts);
   args.n = static_cast<int32_t>(n);
   args.k = static_cast<int32_t>(k);

@@ -11,7 +11,21 @@ import re
 
 import pytest
 import torch
-from gpu_layers import DEVICE, LAYER, PACKED, layer, overload, poison_free_memory, tokens, why_not, with_ids
+from gpu_layers import (
+    DEVICE,
+    LAYER,
+    PACKED,
+    W4A8,
+    formats_of,
+    layer,
+    needs_packing,
+    overload,
+    poison_free_memory,
+    product_of,
+    tokens,
+    why_not,
+    with_ids,
+)
 from moe_cases import Call, activate, make_moe
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -27,10 +41,18 @@ BACKENDS = ("cutlass_sm90", "triton")
 GPU_FORMATS = ("bf16", "fp16", "fp8_block")
 # |got - dense| / |dense|. Three roundings of about the same size: gate_up's inputs or expert_out, act, output. The root
 # mean square of one is 0.0017 (bf16), 0.0002 (fp16), 0.027 (fp8_block, activations); weights are not counted.
-DENSE_ERROR = {"bf16": 6e-3, "fp16": 1e-3, "fp8_block": 5e-2, "nvfp4": 6e-3, "mxfp4": 6e-3, "mxfp8": 6e-3}
+DENSE_ERROR = {"bf16": 6e-3, "fp16": 1e-3, "fp8_block": 5e-2, "nvfp4": 6e-3, "mxfp4": 6e-3, "mxfp8": 6e-3, W4A8: 5e-2}
 # |got - reference| / |reference|: one float8 step in a few activations out of a thousand, one unit of bf16 in a few
 # outputs out of a hundred.
-REFERENCE_ERROR = {"bf16": 4e-3, "fp16": 5e-4, "fp8_block": 5e-3, "nvfp4": 4e-3, "mxfp4": 4e-3, "mxfp8": 4e-3}
+REFERENCE_ERROR = {
+    "bf16": 4e-3,
+    "fp16": 5e-4,
+    "fp8_block": 5e-3,
+    "nvfp4": 4e-3,
+    "mxfp4": 4e-3,
+    "mxfp8": 4e-3,
+    W4A8: 5e-3,
+}
 
 
 @pytest.fixture(params=BACKENDS)
@@ -40,9 +62,9 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=GPU_FORMATS + PACKED)
+@pytest.fixture(params=(*GPU_FORMATS, *PACKED, W4A8))
 def format(request: pytest.FixtureRequest) -> str:
-    if request.param in PACKED and "backend" in request.fixturenames:
+    if needs_packing(request.param) and "backend" in request.fixturenames:
         if (backend := request.getfixturevalue("backend")) != "cutlass_sm90":
             pytest.skip(f"{backend} takes no packed weights")
     return request.param
@@ -103,13 +125,13 @@ def reference_error(format: str, num_tokens: int) -> float:
     step, 1/16 to 1/8 of its value. On average that is 3.6e-3 of the output; with few tokens, a single step in a large
     activation weighs up to twice as much.
     """
-    return REFERENCE_ERROR[format] * (2 if format == "fp8_block" and num_tokens < 64 else 1)
+    return REFERENCE_ERROR[format] * (2 if format in ("fp8_block", W4A8) and num_tokens < 64 else 1)
 
 
 def compare(backend: str, call: Call, dense: bool = True) -> Tensor:
     """Runs the call and compares it with both yardsticks (fp8_block and `not dense`: with the reference alone)."""
     poison_free_memory()
-    got, x, format = call(overload(backend)), call.args[0], call.options["format"]
+    got, x, format = call(overload(backend)), call.args[0], product_of(call)
     assert (got.dtype, got.shape, got.device, got.is_contiguous()) == (x.dtype, x.shape, x.device, True)
     if dense:
         assert distance(got, dense_moe(call)) <= DENSE_ERROR[format]
@@ -128,7 +150,7 @@ def test_errors_of_each_format(backend: str, format: str, num_tokens: int) -> No
 @pytest.mark.parametrize("hidden_size, intermediate_size", [(2880, 192), (1024, 352), (352, 704), (704, 2880)])
 def test_sizes_that_no_tile_divides(format: str, hidden_size: int, intermediate_size: int) -> None:
     """cutlass_sm90 alone: each size is a compilation of Triton's kernels, whose own tests have ragged sizes."""
-    if format in PACKED and (hidden_size % 64 or intermediate_size % 64):
+    if needs_packing(format) and (hidden_size % 64 or intermediate_size % 64):
         pytest.skip("packed weights come in blocks of 64")
     if reason := why_not("cutlass_sm90"):
         pytest.skip(reason)
@@ -159,7 +181,7 @@ def test_biases_activations_and_layouts(backend: str, format: str, options: str)
     if backend == "triton" and (options not in TRITON_OPTIONS or format == "fp16"):
         pytest.skip("covered by tests/gpu/test_triton.py and tests/triton")
     for num_tokens in (7, 300):
-        compare(backend, layer(format, num_tokens, **OPTIONS[options]), dense=format != "fp8_block")
+        compare(backend, layer(format, num_tokens, **OPTIONS[options]), dense=format not in ("fp8_block", W4A8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
@@ -423,7 +445,7 @@ def test_memory_is_what_workspace_bytes_says(backend: str, format: str, num_toke
     """Not counted there: the output, and scratch memory of a few KiB and a few bytes a slot."""
     call = layer(format, num_tokens)
     out = call(overload(backend))  # Triton compiles
-    said = moe.workspace_bytes(num_tokens, **LAYER, format=format, act_format=call.options["act_format"])
+    said = moe.workspace_bytes(num_tokens, **LAYER, **formats_of(format))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -480,9 +502,9 @@ def test_one_compiled_graph_for_any_number_of_tokens(format: str) -> None:
 def test_default_is_what_explain_names(format: str) -> None:
     call = layer(format, 64)
     names = {name: LAYER[name] for name in ("hidden_size", "intermediate_size", "num_experts", "top_k")}
-    if format in PACKED:
-        names |= {"act_format": "bf16", "packed": True}
-    chosen = moe.explain("fused_moe", device=DEVICE, format=format, **names).backend
+    chosen = moe.explain(
+        "fused_moe", device=DEVICE, packed=needs_packing(format), **formats_of(format), **names
+    ).backend
     assert torch.equal(call(moe.fused_moe), call(overload(chosen)))
 
 

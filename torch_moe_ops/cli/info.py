@@ -2,7 +2,7 @@
 
 `info` prints build_info() and the versions of this machine, `info --json` the same as JSON, and `info --table` the
 Markdown table in README.md: cell (format, GPU) = the backends of grouped_gemm that take the pair, best first; before
-them those that take packed weights, with bf16 activations only.
+them those that take packed weights, with the activations that there is a layout for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from ..backends import CANDIDATES, Problem, explain_problem
 from ..build_info import build_info
 from ..formats import FORMATS
-from ..packed_weights import PACKABLE
+from ..packed_weights import BLOCK_BYTES
 
 TABLE_OP = "grouped_gemm"  # where a problem spends its time; the other ops have a CUDA kernel for every GPU
 TABLE_GPUS = {
@@ -68,8 +68,12 @@ def backends_taking(format: str, sms: tuple[int, ...], **facts: object) -> list[
 
 
 def cell(format: str, sms: tuple[int, ...]) -> str:
-    packed = backends_taking(format, sms, act_format="bf16", packed=True) if format in PACKABLE else []
-    return ", ".join([f"{name} (bf16 activations)" for name in packed] + backends_taking(format, sms)) or "-"
+    packed: dict[str, list[str]] = {}
+    for act_format in BLOCK_BYTES.get(format, ()):
+        for name in backends_taking(format, sms, act_format=act_format, packed=True):
+            packed.setdefault(name, []).append(act_format)
+    names = [f"{name} ({', '.join(act_formats)} activations)" for name, act_formats in packed.items()]
+    return ", ".join(names + backends_taking(format, sms)) or "-"
 
 
 def table() -> str:

@@ -83,7 +83,7 @@ def fused_moe(
     Args:
         hidden_states: bfloat16 or float16 [T, H], contiguous.
         w13: [E, 2I, H/pack], gate over up (see `w13_layout`); [E, I, H/pack] for activations that are not gated.
-        w2: [E, H, I/pack]. Both may be results of `pack_weight`, which hold their scales.
+        w2: [E, H, I/pack]. Both may be results of `pack_weight` for these activations, which hold their scales.
         topk_weights: float32 [T, K].
         topk_ids: int32 [T, K]; -1 for an absent slot.
         w13_scale, w2_scale: the weights' scales, any strides; their blocks are counted within gate and up.

@@ -66,7 +66,8 @@ def grouped_gemm(
 
     Args:
         a: activations [P, K/pack] in `act_format`, contiguous.
-        b: weights [E, N, K/pack] in `format`, contiguous; or the result of `pack_weight`, which holds b_scale.
+        b: weights [E, N, K/pack] in `format`, contiguous; or the result of `pack_weight` for these activations, which
+            holds b_scale.
         expert_offsets: int32 [E + 1], from `sort_slots`.
         a_scale: [P, scale columns], any strides; as `permute`, `act_mul` or `quantize` give it.
         b_scale: [E, b_parts * ceil(N / b_parts / block_rows), ceil(K / block_k)], any strides; for nvfp4, mxfp4 and
