@@ -20,7 +20,7 @@ constexpr int64_t max_token_tiles(int64_t num_rows, int32_t num_experts, int32_t
 
 // ---- two fused GEMMs ----
 
-enum class Elements { bits16, float8, packed, packed_float8 };  // what is multiplied; packed: by 16-bit tokens
+enum class Elements { bits16, float8, packed, packed_float8 };  // what is multiplied; packed: weights, by 16-bit tokens or float8 ones
 
 // Tiles of both GEMMs: Mode (sm90_config.h), and weight rows (split) or the most tokens (gated, of 256 weight rows).
 //   gated32: packed only, two thread blocks an SM.   gathered128: gated128 whose GEMM1 gathers its tokens; the others read permuted ones.
