@@ -43,25 +43,31 @@ def grouped_gemm(rows: list[int], n: int, k: int, token_values: int, exponents: 
     return call, used
 
 
-ROWS = [[1, 0, 3, 130], [0, 8, 70, 17], [300, 300, 300, 300]]
-SIZES = [(2 * 64, 64), (2 * 704, 2880), (2 * 1024, 512)]
+def got_and_expected(rows: list[int], sizes: tuple[int, int], **random: int) -> tuple[torch.Tensor, torch.Tensor]:
+    call, used = grouped_gemm(rows, *sizes, **random)
+    poison_free_memory()
+    got, expected = call(torch.ops.moe.grouped_gemm.cutlass_sm90), call(torch.ops.moe.grouped_gemm.reference)
+    return got[:used], expected[:used]
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("n, k", SIZES)
-def test_exact_where_sums_are(rows: list[int], n: int, k: int) -> None:
+@pytest.fixture(params=([1, 0, 3, 130], [0, 8, 70, 17], [300, 300, 300, 300]), ids=str)
+def rows(request: pytest.FixtureRequest) -> list[int]:
+    return request.param
+
+
+@pytest.fixture(params=((2 * 64, 64), (2 * 704, 2880), (2 * 1024, 512)), ids=str)
+def sizes(request: pytest.FixtureRequest) -> tuple[int, int]:
+    """N, K"""
+    return request.param
+
+
+def test_exact_where_sums_are(rows: list[int], sizes: tuple[int, int]) -> None:
     """Multiples of 1/2 up to 1536 in a block of 128 k: no more bits than FP8 tensor cores add without loss."""
-    call, used = grouped_gemm(rows, n, k, token_values=2, exponents=2)
-    poison_free_memory()
-    got, expected = call(torch.ops.moe.grouped_gemm.cutlass_sm90), call(torch.ops.moe.grouped_gemm.reference)
-    assert torch.equal(got[:used], expected[:used])
+    got, expected = got_and_expected(rows, sizes, token_values=2, exponents=2)
+    assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("n, k", SIZES)
-def test_all_exponents_of_a_row(rows: list[int], n: int, k: int) -> None:
+def test_all_exponents_of_a_row(rows: list[int], sizes: tuple[int, int]) -> None:
     """As far apart as they may be. FP8 tensor cores add with about 13 bits below the largest product."""
-    call, used = grouped_gemm(rows, n, k, token_values=17, exponents=12)
-    poison_free_memory()
-    got, expected = call(torch.ops.moe.grouped_gemm.cutlass_sm90), call(torch.ops.moe.grouped_gemm.reference)
-    assert ((got - expected)[:used].norm() / expected[:used].norm()).item() < 2e-3
+    got, expected = got_and_expected(rows, sizes, token_values=17, exponents=12)
+    assert ((got - expected).norm() / expected.norm()).item() < 2e-3
