@@ -44,6 +44,7 @@ ELEMENTS = ("bits16", "float8", "packed", "packed_float8")  # as in C++
 FORMATS = {"bf16": "bits16", "fp8_block": "float8", "nvfp4": "packed", "mxfp4 x fp8_block": "packed_float8"}
 TILES = {"split64": 32, "split128": 32, "gated32": 32, "gated64": 64, "gated128": 128, "gathered128": 128}  # tokens
 ALONE = "+gemm2"
+MAX_SPLIT_SLOTS = 384
 LAYERS = (  # experts, hidden, intermediate, top_k
     (64, 4096, 512, 4),
     (16, 3072, 4096, 2),
@@ -73,10 +74,20 @@ class Facts:
     intermediate_size: int
     num_sms: int
     can_gather: bool = True
+    can_split: bool = True
+    local_share: float = 1.0
+
+    @property
+    def expected_rows(self) -> float:
+        return self.num_rows * self.local_share
 
     @property
     def rows_an_expert(self) -> float:
         return self.num_rows / self.num_experts
+
+    @property
+    def may_split(self) -> bool:
+        return self.can_split and self.num_rows <= MAX_SPLIT_SLOTS
 
 
 def threshold(comment: str, *values: float) -> float:
@@ -88,9 +99,19 @@ def threshold(comment: str, *values: float) -> float:
 class Constants:
     """The thresholds of one kind of elements (TacticConstants in C++)."""
 
-    split_rows: float = threshold("split up to this many rows an expert,", 1, 2, 4, 6, 8, 12, 16, 24)
+    split_rows: float = threshold("split up to this many rows an expert,", 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8)
     split_rounds: float = threshold(
-        "and if the GEMM with fewer tiles of 256 rows has fewer than this many an SM;", 0.5, 1, 1.5, 2, 2.5, 3, 4, 6, 8
+        "and if the GEMM with fewer tiles of 256 rows has fewer than this many an SM;",
+        0.25,
+        0.5,
+        1,
+        1.5,
+        2,
+        2.5,
+        3,
+        4,
+        6,
+        8,
     )
     split64_rounds: float = threshold(
         "of 64 rows if GEMM1 has fewer than this many tiles of 128 rows an SM", 0, 0.25, 0.4, 0.5, 0.75, 1, 1.5, 2, 4
@@ -109,7 +130,7 @@ class Constants:
 
 
 def choose_tiles(facts: Facts, constants: Constants) -> str:
-    hit = facts.num_experts * (1 - math.exp(-facts.num_rows / facts.num_experts))
+    hit = facts.num_experts * (1 - math.exp(-facts.expected_rows / facts.num_experts))
     gemm1 = 2 * facts.intermediate_size
 
     def tiles(weight_rows: int, tile_rows: int) -> float:
@@ -119,17 +140,21 @@ def choose_tiles(facts: Facts, constants: Constants) -> str:
         return math.ceil(tiles(gemm1, 256) / thread_blocks)
 
     def rows_an_expert_up_to(rows: float) -> bool:
-        return facts.num_rows <= rows * facts.num_experts
+        return facts.expected_rows <= rows * facts.num_experts
 
+    fewest = min(tiles(gemm1, 256), tiles(facts.hidden_size, 256))
+    if (
+        facts.may_split
+        and rows_an_expert_up_to(constants.split_rows)
+        and fewest < constants.split_rounds * facts.num_sms
+    ):
+        return "split64" if tiles(gemm1, 128) < constants.split64_rounds * facts.num_sms else "split128"
     if (
         facts.elements == "packed"
         and rows_an_expert_up_to(constants.gated32_rows)
         and constants.gated32_cost * rounds(2 * facts.num_sms) < rounds(facts.num_sms)
     ):
         return "gated32"
-    fewest = min(tiles(gemm1, 256), tiles(facts.hidden_size, 256))
-    if rows_an_expert_up_to(constants.split_rows) and fewest < constants.split_rounds * facts.num_sms:
-        return "split64" if tiles(gemm1, 128) < constants.split64_rounds * facts.num_sms else "split128"
     if rows_an_expert_up_to(constants.gated64_rows) or most_tokens(facts) == 64:
         return "gated64"
     gathers = math.ceil(facts.intermediate_size / 128) <= constants.gathered_row_tiles
@@ -137,8 +162,9 @@ def choose_tiles(facts: Facts, constants: Constants) -> str:
 
 
 def gemm2_tiles(facts: Facts, tiles: str) -> int:
-    hit = min(facts.num_rows, facts.num_experts)
-    return (hit + (facts.num_rows - hit) // TILES[tiles]) * math.ceil(facts.hidden_size / 256)
+    rows = math.ceil(facts.expected_rows)
+    hit = min(rows, facts.num_experts)
+    return (hit + (rows - hit) // TILES[tiles]) * math.ceil(facts.hidden_size / 256)
 
 
 def choose_tactic(facts: Facts, constants: Constants) -> str:
@@ -157,7 +183,11 @@ def most_tokens(facts: Facts) -> int:
 
 
 def possible_tiles(facts: Facts) -> dict[str, int]:
-    tiles = {name: tokens for name, tokens in TILES.items() if tokens <= most_tokens(facts)}
+    tiles = {
+        name: tokens
+        for name, tokens in TILES.items()
+        if tokens <= most_tokens(facts) and (facts.may_split or not name.startswith("split"))
+    }
     return tiles if facts.elements == "packed" else {name: tiles[name] for name in tiles if name != "gated32"}
 
 

@@ -44,6 +44,7 @@ def layers(draw: st.DrawFn) -> tune.Facts:
     """Rows close to a threshold of rows an expert as often as not."""
     num_experts = draw(st.integers(1, 1024))
     near = st.sampled_from([8, 12, 48]).flatmap(lambda n: st.integers(n * num_experts - 1, n * num_experts + 1))
+    near |= st.integers(tune.MAX_SPLIT_SLOTS - 1, tune.MAX_SPLIT_SLOTS + 1)
     return tune.Facts(
         draw(st.sampled_from(tune.ELEMENTS)),
         draw(near | st.integers(1, 200_000)),
@@ -51,7 +52,8 @@ def layers(draw: st.DrawFn) -> tune.Facts:
         8 * draw(st.integers(1, 2048)),
         draw(st.sampled_from([512, 520, 4088, 4096]) | st.integers(1, 2048).map(lambda n: 8 * n)),
         draw(st.sampled_from([NUM_SMS, 114, 78, 16])),
-        draw(st.booleans()),
+        *(draw(st.booleans()) for _ in range(2)),
+        draw(st.sampled_from([1.0, 0.125, 1 / 3])),
     )
 
 
@@ -104,8 +106,8 @@ qwen30b      8  gated64           gated64           gated64           gated64
 qwen30b    128  gated64           gated64           gated32           gated64
 qwen30b    512  gated64           gated64           gated64           gated64
 qwen30b   8192  gathered128       gated128          gated128          gated64
-mixtral      1  split128          split128          gated32+gemm2     split128
-mixtral      8  split128          split128          gated32+gemm2     gated64
+mixtral      1  split128          split128          split128          split128
+mixtral      8  gated64+gemm2     gated64           split128          gated64
 mixtral    128  gated64+gemm2     gated64           gated64+gemm2     gated64
 mixtral    512  gated128+gemm2    gated128          gated128+gemm2    gated64
 mixtral   8192  gated128          gated128          gated128          gated64

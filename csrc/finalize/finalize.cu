@@ -28,7 +28,7 @@ struct Slots {
   __device__ __forceinline__ Slots(const FinalizeArgs& args, int64_t token, int base) {
     const int slot = base + threadIdx.x % kLanes;
     const int64_t index = token * args.top_k + slot;
-    const bool exists = slot < args.top_k;
+    const bool exists = slot < args.top_k && token < args.num_tokens;
     row = exists ? args.slot_to_row[index] : -1;
     weight = exists && args.topk_weights ? args.topk_weights[index] : 1.f;
     const bool inside = row >= 0 && row < args.num_rows;
@@ -96,13 +96,15 @@ __device__ __forceinline__ void store_sum(const FinalizeArgs& args, int64_t toke
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kMaxThreads) finalize_kernel(FinalizeArgs args) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y, chunk = first_chunk<1>();
+  if (!args.slots_complete) pdl_wait();
+  Slots slots(args, token, 0);
   pdl_wait();
   pdl_launch_next();
   if (token >= args.num_tokens) return;
   float x[kChunk] = {};
   bool invalid = false;
   for (int base = 0; base < args.top_k; base += kLanes) {
-    const Slots slots(args, token, base);
+    if (base > 0) slots = Slots(args, token, base);
     invalid |= slots.invalid;
     const int count = min(kLanes, args.top_k - base);
 #pragma unroll 1
@@ -147,10 +149,11 @@ __device__ __forceinline__ void finalize_rows(const FinalizeArgs& args, int64_t 
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) finalize_many_kernel(FinalizeArgs args) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (!args.slots_complete) pdl_wait();
+  Slots slots(args, token, 0);
   pdl_wait();
   pdl_launch_next();
   if (token >= args.num_tokens) return;
-  Slots slots(args, token, 0);
   const int count = slots.compact();
   if (count <= 1) finalize_one_row<T>(args, token, slots);
   else if (count == 2) finalize_rows<T, 2>(args, token, slots, count);

@@ -14,6 +14,7 @@ struct FinalizeArgs {
   int64_t hidden_size = 0;
   int32_t top_k = 0;
   float routed_scaling_factor = 1.f;
+  bool slots_complete = false;  // slot_to_row and topk_weights are, before the kernel before this one starts
   void* out = nullptr;  // [num_tokens, hidden_size]
 };
 

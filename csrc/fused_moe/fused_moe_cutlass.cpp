@@ -2,6 +2,7 @@
 // name, for benchmarks/tune.py.
 //   sort_slots -> permute (+ quantise) -> both GEMMs with the activation (+ requantise) in between -> finalize
 // or, where GEMM1 gathers its tokens: sort_slots -> quantize, not for 16 bits -> both GEMMs -> finalize;
+// or, with few slots: sort_slots -> both GEMMs, which quantise by themselves -> finalize;
 // or, where the two GEMMs cannot be one launch (no gate, interleaved w13), GEMM1 -> act_mul -> GEMM2.
 // All intermediates lie in one tensor of torch's allocator, which takes no more than meta_kernels/_sizes.py states: an allocation costs the
 // host more than a launch.
@@ -37,6 +38,7 @@ struct Layer {
   bool fused = false;             // both GEMMs in one launch
   FusedGemmsSizes sizes;
   bool gather = false;            // GEMM1 reads tokens through row_to_slot: nothing is permuted
+  bool split = false;             // GEMM1 finds and quantises its tokens by itself, GEMM2 reads gate_up: nor is anything permuted
   cudaStream_t stream = nullptr;
 };
 
@@ -45,9 +47,10 @@ struct Intermediates {
   int32_t *expert_offsets, *slot_to_row;
   int32_t* row_to_slot;             // gather
   int32_t* counters;                // 0 at the start: what the GEMMs draw tiles from
+  float* gate_up;                   // split: right behind them, and 0 at the start as well
+  int64_t cleared;                  // int32s from `counters` on
   uint8_t* sort_workspace;
   QuantizedMatrix permuted, act;    // gather: the quantised tokens
-  float* gate_up;
   void* expert_out;
   int64_t bytes = 0;
 
@@ -68,12 +71,13 @@ struct Intermediates {
     place(slot_to_row, 4 * rows);
     place(row_to_slot, layer.gather ? 4 * rows : 0);
     place(counters, 4 * layer.sizes.sync);
-    place(sort_workspace, static_cast<int64_t>(sort_slots_workspace_bytes(rows, static_cast<int32_t>(layer.num_experts))));
-    const int64_t tokens = !layer.gather ? rows : has_scale(layer.format) ? layer.num_tokens : 0;
-    place_matrix(permuted, tokens, layer.hidden_size, false);  // K-major: the scales of a row are written together
-    place_matrix(act, rows, layer.intermediate_size, true);  // MN-major: those of a tile's rows are
-    const int64_t parts = is_gated(layer.activation.kind) ? 2 : 1;
+    const int64_t parts = is_gated(layer.activation.kind) ? 2 : 1, first_cleared = bytes - round_up(4 * layer.sizes.sync, 256);
     place(gate_up, 4 * (layer.fused ? layer.sizes.gate_up : rows * parts * layer.intermediate_size));
+    cleared = layer.split ? (bytes - first_cleared) / 4 : layer.sizes.sync;
+    place(sort_workspace, static_cast<int64_t>(sort_slots_workspace_bytes(rows, static_cast<int32_t>(layer.num_experts))));
+    const int64_t tokens = layer.split ? 0 : !layer.gather ? rows : has_scale(layer.format) ? layer.num_tokens : 0;
+    place_matrix(permuted, tokens, layer.hidden_size, false);  // K-major: the scales of a row are written together
+    place_matrix(act, layer.split ? 0 : rows, layer.intermediate_size, true);  // MN-major: those of a tile's rows are
     uint8_t* out;
     place(out, rows * layer.hidden_size * 2);
     expert_out = out;
@@ -86,7 +90,7 @@ void check_gemm(const char* argument, const char* reason) {
   if (reason != nullptr) refuse(kOp, argument, "a shape that this backend runs", reason);
 }
 
-// sort_slots and permute; one launch for few slots, else two or three. Gather: sort_slots and quantize.
+// sort_slots and permute; one launch for few slots, else two or three. Gather: sort_slots and quantize. Split: sort_slots alone.
 void run_permute(const Layer& layer, const Intermediates& m, const Tensor& hidden_states, const Tensor& topk_ids,
                  const std::optional<Tensor>& expert_map, const float* topk_weights) {
   SortSlotsArgs sort;
@@ -100,7 +104,8 @@ void run_permute(const Layer& layer, const Intermediates& m, const Tensor& hidde
   sort.slot_to_row = m.slot_to_row;
   sort.row_to_slot = layer.gather ? m.row_to_slot : nullptr;
   sort.cleared = m.counters;
-  sort.num_cleared = layer.sizes.sync;
+  sort.num_cleared = m.cleared;
+  if (layer.split) return check_cuda(kOp, sort_clear(sort, layer.stream));
   if (layer.gather) {
     check_cuda(kOp, sort_slots(sort, m.sort_workspace, layer.stream));
     if (!has_scale(layer.format)) return;
@@ -163,13 +168,13 @@ void run_fused_gemms(const Layer& layer, const Intermediates& m, const Tensor& h
   if (layer.gather) {
     if (!has_scale(layer.format)) fused.gemm1.a = hidden_states.data_ptr();
     fused.row_to_slot = m.row_to_slot;
-    fused.top_k = static_cast<int32_t>(layer.top_k);
   }
   set_rows(fused.gemm2, layer, m, m.act);
   fused.gemm1.out = m.act.values;
   fused.gemm1.out_dtype = fused.gemm1.ab_dtype;
   fused.gemm2.out = m.expert_out;
   fused.gemm2.out_dtype = layer.dtype;
+  fused.hidden_states = hidden_states.data_ptr();
   fused.gate_up = m.gate_up;
   fused.sync = m.counters;
   check_cuda(kOp, fused_gemms_sm90(fused, layer.stream));
@@ -187,6 +192,7 @@ Tensor run_finalize(const Layer& layer, const Intermediates& m, const Tensor& li
   args.hidden_size = layer.hidden_size;
   args.top_k = static_cast<int32_t>(layer.top_k);
   args.routed_scaling_factor = static_cast<float>(routed_scaling_factor);
+  args.slots_complete = true;
   args.out = output.data_ptr();
   check_cuda(kOp, finalize(args, layer.stream));
   return output;
@@ -253,19 +259,22 @@ Tensor run_layer(const std::string& tactic, const Tensor& hidden_states, const T
   fused.gemm1.num_rows = fused.gemm2.num_rows = layer.num_rows;
   fused.activation = layer.activation;
   fused.gate_part = layer.layout == GateUpLayout::up_gate ? 1 : 0;
-  if (sort_permute_pays(layer.num_tokens, layer.num_rows)) fused.topk_ids = pointer<const int32_t>(topk_ids);
+  fused.top_k = static_cast<int32_t>(layer.top_k);
+  fused.hidden_dtype = layer.dtype;
+  fused.topk_ids = pointer<const int32_t>(topk_ids);
+  if (apply_router_weight_on_input) fused.topk_weights = pointer<const float>(topk_weights);
   fused.expert_map = pointer<const int32_t>(expert_map);
-  fused.num_slots = layer.num_rows;
   fused.num_global_experts = expert_map ? static_cast<int32_t>(expert_map->size(0)) : 0;
   layer.fused = layer.layout != GateUpLayout::interleaved && fused_gemms_sm90_why_not(gemm1, gemm2) == nullptr;
 
   const CudaScope scope(hidden_states);
   layer.stream = scope.stream;
   if (layer.fused) {
-    const bool can_gather = !apply_router_weight_on_input && reinterpret_cast<uintptr_t>(hidden_states.data_ptr()) % 16 == 0;
-    fused.tactic = tactic_of(fused_gemms_sm90_facts(fused, can_gather), tactic);
+    const bool aligned = reinterpret_cast<uintptr_t>(hidden_states.data_ptr()) % 16 == 0;
+    fused.tactic = tactic_of(fused_gemms_sm90_facts(fused, aligned && !apply_router_weight_on_input, aligned), tactic);
     layer.sizes = fused_gemms_sm90_sizes(fused);
     layer.gather = fused.tactic.tiles == sm90::Tiles::gathered128;
+    layer.split = !sm90::gated(fused.tactic.tiles);
   } else {
     MOE_EXPECT(tactic.empty(), kOp, "tactic", "none where the two GEMMs cannot be one launch", tactic);
     layer.sizes = {2, 0};

@@ -73,7 +73,30 @@ __global__ void __launch_bounds__(kThreads) sort_permute_kernel(SortSlotsArgs so
     if (rows[k] >= 0) store_chunk<kFormat>(args.out, rows[k], chunk, quantized, vectorized);
 }
 
+constexpr int kVectorsPerThread = 4;  // of 16 bytes, to clear
+
+__global__ void __launch_bounds__(kThreads) sort_clear_kernel(SortSlotsArgs sort) {
+  __shared__ int16_t experts[kSortPermuteMaxSlots];
+  const int num_slots = static_cast<int>(sort.num_slots), thread = blockIdx.x * kThreads + threadIdx.x, threads = gridDim.x * kThreads;
+  pdl_wait();
+  pdl_launch_next();
+  for (int64_t i = thread; i < sort.num_cleared / 4; i += threads) reinterpret_cast<int4*>(sort.cleared)[i] = {};
+  for (int slot = threadIdx.x; slot < num_slots; slot += kThreads) experts[slot] = static_cast<int16_t>(expert_of(sort, slot));
+  __syncthreads();  // experts is complete
+  for (int slot = thread / kLanes; slot < num_slots; slot += threads / kLanes) {
+    const int expert = experts[slot], row = expert >= 0 ? rank_of(experts, num_slots, expert, slot) : expert;
+    if (threadIdx.x % kLanes == 0) sort.slot_to_row[slot] = row;
+  }
+}
+
 }  // namespace
+
+cudaError_t sort_clear(const SortSlotsArgs& sort, cudaStream_t stream) {
+  if (sort.num_slots > kSortPermuteMaxSlots || sort.alignment != 1) return cudaErrorInvalidValue;
+  constexpr int64_t kMostBlocks = 128;
+  const int64_t blocks = std::max(ceil_div(sort.num_cleared / 4, kVectorsPerThread * kThreads), ceil_div(sort.num_slots, 4 * kWarps));
+  return launch(sort_clear_kernel, dim3(static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, kMostBlocks))), dim3(kThreads), 0, stream, sort);
+}
 
 cudaError_t sort_permute(const SortSlotsArgs& sort, const PermuteArgs& args, cudaStream_t stream) {
   const int64_t chunks = ceil_div(args.out.k, kChunk);

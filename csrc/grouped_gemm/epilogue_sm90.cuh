@@ -39,7 +39,14 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t m0, ui
 // Staging is [tokens][8 chunks of 16 bytes], chunk c of token t at c ^ (t % 8): no bank conflicts on either side.
 __device__ __forceinline__ uint32_t staged(int token, int chunk) { return token * 128 + (chunk ^ (token % 8)) * 16; }
 
-__device__ __forceinline__ float quantisation_scale(float amax) { return __fdiv_rn(fminf(fmaxf(amax, 1e-10f), 3.402823466e+38f), 448.f); }
+// amax / 448, rounded once: a quotient's residual is exact, and corrects it (Markstein). Three instructions; the bits of __fdiv_rn() for every
+// float in the range.
+__device__ __forceinline__ float quantisation_scale(float amax) {
+  constexpr float kReciprocal = 1.f / 448.f;
+  amax = fminf(fmaxf(amax, 1e-10f), 3.402823466e+38f);
+  const float quotient = __fmul_rn(amax, kReciprocal);
+  return __fmaf_rn(__fmaf_rn(-quotient, 448.f, amax), kReciprocal, quotient);
+}
 
 template <class C, int kTokens>
 struct NarrowEpilogue {
@@ -69,17 +76,23 @@ struct NarrowEpilogue {
     }
   }
 
+  // f(offset, i) for each accumulator i of a wave that exists, `offset` from out[tile.token, column].
+  template <class F>
+  __device__ __forceinline__ void for_each_value(int32_t columns, F&& f) {
+#pragma unroll
+    for (int i = 0; i < kWave; ++i) {
+      const int token = token_of(i, lane), row = wave_row % 64 + 8 * (i / 2 % 2);
+      if (token < tile.valid_tokens && row < columns) f(token * g.out_stride + row, i);
+    }
+  }
+  __device__ __forceinline__ int64_t first_value(int32_t column) const { return int64_t(tile.token) * g.out_stride + column; }
+
   // out[token, column .. column + 64) = this warpgroup's rows of a wave; `columns` of them exist.
   template <int kFirst>
   __device__ void store_16bit(int32_t column, int32_t columns) {
     if constexpr (kTokens <= 16) {  // so little that three barriers cost more than stores of 2 bytes
-      auto out = static_cast<uint16_t*>(g.out) + int64_t(tile.token) * g.out_stride + column;
-#pragma unroll
-      for (int i = 0; i < kWave; ++i) {
-        const int token = token_of(i, lane), row = wave_row % 64 + 8 * (i / 2 % 2);
-        if (token < tile.valid_tokens && row < columns) out[int64_t(token) * g.out_stride + row] = uint16_t(pack_16bit(g.out_dtype, total[kFirst + i], 0.f));
-      }
-      return;
+      auto out = static_cast<uint16_t*>(g.out) + first_value(column);
+      return for_each_value(columns, [&](int32_t offset, int i) { out[offset] = uint16_t(pack_16bit(g.out_dtype, total[kFirst + i], 0.f)); });
     }
     uint8_t* staging = smem.staging_ptr + warpgroup * C::kStoreTokens * 128;
     const uint32_t base = smem.staging + warpgroup * C::kStoreTokens * 128;
@@ -109,12 +122,16 @@ struct NarrowEpilogue {
   // The same for float32 out: eight lanes hold eight neighbouring columns, so registers go straight to memory.
   template <int kFirst>
   __device__ void store_float32(int32_t column, int32_t columns) {
-    auto out = static_cast<float*>(g.out);
-#pragma unroll
-    for (int i = 0; i < kWave; ++i) {
-      const int token = token_of(i, lane), row = wave_row % 64 + 8 * (i / 2 % 2);
-      if (token < tile.valid_tokens && row < columns) out[int64_t(tile.token + token) * g.out_stride + column + row] = total[kFirst + i];
-    }
+    auto out = static_cast<float*>(g.out) + first_value(column);
+    for_each_value(columns, [&](int32_t offset, int i) { out[offset] = total[kFirst + i]; });
+  }
+
+  // gate_up, which is read by whoever finds it: +0 means that it is not there yet (split_sm90.cuh).
+  __device__ void store_gate_up(int32_t column, int32_t columns) {
+    auto out = static_cast<float*>(g.out) + first_value(column);
+    for_each_value(columns, [&](int32_t offset, int i) {
+      asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(out + offset), "f"(total[i] == 0.f ? -0.f : total[i]) : "memory");
+    });
   }
 
   // act of 128 channels (wave 0), requantised: scale[token] = quantisation_scale(amax over the channels).
@@ -180,6 +197,8 @@ struct NarrowEpilogue {
       wave_origin<C>(p, tile, w, part, row);
       row += warpgroup * 64;
       const int32_t column = part * g.part_rows + row, columns = g.part_rows - row;
+      if constexpr (C::kSplit)
+        if (tile.gemm == 0) return store_gate_up(column, columns);
       if (g.out_dtype == DType::float32) store_float32<w * kWave>(column, columns);
       else store_16bit<w * kWave>(column, columns);
     });

@@ -67,6 +67,10 @@ cudaError_t grouped_gemm_sm90_counted(const GroupedGemmArgs& args, int32_t* tile
 }
 
 cudaError_t grouped_gemm_sm90(const GroupedGemmArgs& args, void* workspace, cudaStream_t stream) {
+  int num_sms = 0;
+  if (auto e = count_sms(&num_sms)) return e;
+  if (sm90::tiles_are_dealt(args.num_rows, args.num_experts, args.n / args.b_parts, args.b_parts, num_sms))
+    return grouped_gemm_sm90_counted(args, nullptr, stream);
   if (auto e = cudaMemsetAsync(workspace, 0, sizeof(int32_t), stream)) return e;
   return grouped_gemm_sm90_counted(args, static_cast<int32_t*>(workspace), stream);
 }
@@ -78,13 +82,14 @@ const char* fused_gemms_sm90_why_not(const GroupedGemmArgs& gemm1, const Grouped
   return nullptr;
 }
 
-sm90::LayerFacts fused_gemms_sm90_facts(const FusedGemms& f, bool can_gather) {
+sm90::LayerFacts fused_gemms_sm90_facts(const FusedGemms& f, bool can_gather, bool can_split) {
   using sm90::Elements;
   int num_sms = 0;
   if (count_sms(&num_sms) != cudaSuccess) num_sms = 0;  // the launch will say so
   const bool packed = f.gemm1.packing != Packing::none, float8 = f.gemm1.ab_dtype == DType::float8_e4m3;
   const Elements elements = packed ? (float8 ? Elements::packed_float8 : Elements::packed) : float8 ? Elements::float8 : Elements::bits16;
-  return {elements, f.gemm1.num_rows, f.gemm1.num_experts, f.gemm2.n, f.gemm2.k, num_sms, can_gather};
+  const double share = f.expert_map == nullptr ? 1. : std::min(1., double(f.gemm1.num_experts) / std::max(1, f.num_global_experts));
+  return {elements, f.gemm1.num_rows, f.gemm1.num_experts, f.gemm2.n, f.gemm2.k, num_sms, can_gather, can_split, share};
 }
 
 FusedGemmsSizes fused_gemms_sm90_sizes(const FusedGemms& f) {

@@ -56,29 +56,34 @@ struct Config {
   static constexpr int kWaveRows = 64 * kWarpgroups;     // weight rows of one wave: within one 128-row scale block
   static constexpr int kRows = kWaveRows * kWaves;
   static constexpr int kConsumers = 128 * kWarpgroups;
-  // Warps that load tokens. Split: tiles with as few as two K blocks, and a latency for each.
   static constexpr bool kCanGather = kGated && kMaxTokens == 128;
-  static constexpr int kTokenWarps = kFloat8 && kSplit ? 7 : kFloat8 || kCanGather ? 3 : 1;
-  static constexpr int kThreads = kConsumers + (kTokenWarps < 4 ? 128 : 256);
   static constexpr int kBlockBytes = packed_block_bytes(kPacking);  // packed: of 64 weight rows
-  // K blocks, 128 bytes of a token, in a stage. With few tokens a block of 64 k is less work than its barriers.
-  static constexpr int kStageBlocks = !kFloat8 && kSplit ? 2 : 1;
+  // K blocks, 128 bytes of a token, in a stage. With few tokens a block is less work than its barriers, and float8 sums of two blocks, which do
+  // not wait for each other, take hardly longer than one; but with 128 rows five stages are too few.
+  static constexpr int kStageBlocks = kSplit && (!kFloat8 || (!kPacked && kWarpgroups == 1)) ? 2 : 1;
   static constexpr int kStageWeightBlocks = kStageBlocks * (kPacked && kFloat8 ? 2 : 1);  // packed: of 64 k each
   static constexpr int kBlockWeightBytes = kPacked ? kRows / kPackedBlock * kBlockBytes : kRows * 128, kBlockTokenBytes = kMaxTokens * 128;
   static constexpr int kWeightBytes = kStageWeightBlocks * kBlockWeightBytes, kTokenBytes = kStageBlocks * kBlockTokenBytes;
   static constexpr int kWaveScales = kFloat8 ? kMaxTokens : 0;  // floats a wave and stage
-  static constexpr int kStageBytes = kWeightBytes + kTokenBytes + 4 * kWaves * kWaveScales;
+  static constexpr int kBlockScaleBytes = 4 * kWaves * kWaveScales, kScaleBytes = kStageBlocks * kBlockScaleBytes;
+  static constexpr int kStageBytes = kWeightBytes + kTokenBytes + kScaleBytes;
   // Epilogue: up to 64 tokens (packed: 128) x 64 columns of 16 bits for each warpgroup. Gated float8, narrow: act [64, 128] bytes, amax
   // [8 warps, 64], 1/scale [64]; wide: act [16, 128] bytes for each warp.
   static constexpr int kStoreTokens = kPacked && kMaxTokens == 128 ? 128 : 64, kStoreBytes = kWarpgroups * kStoreTokens * 128;
   static constexpr int kQuantBytes = kGated && kFloat8 ? 64 * (128 + 4 * 4 * kWarpgroups + 4) : 0;
   static constexpr int kStagingBytes = kStoreBytes > kQuantBytes ? kStoreBytes : kQuantBytes;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;  // 2: the latency of unpacking weights is hidden, but each tile takes longer
-  static constexpr int kReaders = kConsumers / 32 + kTokenWarps;  // warps that are told of a tile
-  static constexpr int kFixedBytes = 1024 + kStagingBytes + 8 * (kMaxExperts + 1) + 16 + 20 * 16 + kTileSlots * 64;
+  static constexpr int kRowTokenBytes = kSplit ? 2 * kMaxSplitSlots : 0;
+  static constexpr int kFixedBytes = 1024 + kStagingBytes + 8 * (kMaxExperts + 1) + kRowTokenBytes + 20 * 16 + kTileSlots * 64;
   static constexpr int kFittingStages = ((kBlocksPerSm == 2 ? kSmemLimit / 2 - 512 : kSmemLimit) - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFittingStages < 18 ? kFittingStages : 18;
   static constexpr int kSmemBytes = kFixedBytes + kStages * kStageBytes;
+  // Warps that load tokens. Split: they quantise them, too, and tiles have as few as two K blocks, and a latency for each. They take steps of
+  // 128 k in turn, kTokenSteps of them a stage, and nobody may miss a round of the pipeline.
+  static constexpr int kTokenSteps = kSplit ? kTokenBytes / (kMaxTokens * 128 * int(sizeof(Element))) : 1;
+  static constexpr int kTokenWarps = kSplit ? (kStages * kTokenSteps < 7 ? kStages * kTokenSteps : 7) : kFloat8 || kCanGather ? 3 : 1;
+  static constexpr int kThreads = kConsumers + (kSplit ? 256 : 128);
+  static constexpr int kReaders = kConsumers / 32 + kTokenWarps;  // warps that are told of a tile
   // With 64 and 128 tokens in one kernel of two waves, ptxas runs out of registers and makes every wgmma wait (C7511):
   // 33 to 64 tokens then take a wide tile.
   static constexpr bool kHas64 = kMaxTokens == 64 || (kMaxTokens == 128 && (kWaves == 1 || kPacked));
@@ -95,7 +100,7 @@ struct Config {
   static_assert(kMaxTokens == 32 || kMaxTokens == 64 || (kMaxTokens == 128 && kWarpgroups == 2), "a wide tile gives 64 tokens to each of two warpgroups");
   static_assert(!kGated || (kWaves == 2 && kWaveRows == 128), "a float8 scale group is 128 channels");
   static_assert(!kSplit || kWaves == 1);
-  static_assert(kStages >= 3 && kStages >= kTokenWarps);
+  static_assert(kStages >= 3 && kStages * kTokenSteps >= kTokenWarps);
 };
 
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
@@ -121,9 +126,9 @@ struct Smem {
   Barrier* tile_full;   // tiles
   Barrier* tile_empty;
   Tile* tiles;
-  int32_t* flag;        // split: whether this thread block completed a group
   int32_t* offsets;     // [E + 1] first row of each expert
   int32_t* tile_begin;  // [E + 1] token tiles before each expert
+  uint16_t* row_tokens; // split: [rows] of each row of GEMM1
 
   bool gathered;        // GEMM1's tokens come by cp.async (gather_sm90.cuh)
 
@@ -134,14 +139,14 @@ struct Smem {
     staging = weights + C::kStages * C::kWeightBytes;
     staging_ptr = base + (staging - tokens);
     scales = staging + C::kStagingBytes;
-    full = reinterpret_cast<Barrier*>(staging_ptr + C::kStagingBytes + C::kStages * 4 * C::kWaves * C::kWaveScales);
+    full = reinterpret_cast<Barrier*>(staging_ptr + C::kStagingBytes + C::kStages * C::kScaleBytes);
     empty = full + C::kStages;
     tile_full = empty + C::kStages;
     tile_empty = tile_full + kTileSlots;
     tiles = reinterpret_cast<Tile*>(tile_empty + kTileSlots);
-    flag = reinterpret_cast<int32_t*>(tiles + kTileSlots);
-    offsets = flag + 1;
+    offsets = reinterpret_cast<int32_t*>(tiles + kTileSlots);
     tile_begin = offsets + kMaxExperts + 1;
+    row_tokens = reinterpret_cast<uint16_t*>(tile_begin + kMaxExperts + 1);
   }
 };
 
@@ -232,20 +237,8 @@ __device__ __forceinline__ void wave_origin(const KernelParams& p, const Tile& t
   row = both_parts ? tile.row : tile.row + w * C::kWaveRows;
 }
 
-// smem.offsets from topk_ids, for few slots: nothing that the kernel before this one writes is needed.
-template <class C>
-__device__ __forceinline__ void count_slots(const KernelParams& p, const Smem<C>& smem) {
-  for (int e = threadIdx.x; e <= p.num_experts; e += C::kThreads) smem.offsets[e] = 0;
-  __syncthreads();  // zeroed
-  for (int slot = threadIdx.x; slot < p.num_slots; slot += C::kThreads) {
-    const int expert = p.local_expert(slot);
-    if (expert >= 0) atomicAdd(smem.offsets + expert + 1, 1);
-  }
-  __syncthreads();  // offsets[e + 1] = slots of expert e
-}
-
-// smem.offsets, and from it the token tiles before each expert. `counted`: by count_slots(), else read from expert_offsets.
-// Its barriers are for all threads.
+// smem.offsets, and from it the token tiles before each expert. `counted`: offsets[e + 1] holds the rows of expert e, else they are read from
+// expert_offsets. Its barriers are for all threads.
 template <class C>
 __device__ __forceinline__ void count_tiles(const KernelParams& p, const Smem<C>& smem, bool counted) {
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -262,7 +255,8 @@ __device__ __forceinline__ void count_tiles(const KernelParams& p, const Smem<C>
     }
     if (lane == kLanes - 1) warp_sums[warp] = sum;
     __syncthreads();  // warp_sums is complete
-    for (int w = 0; w < warp; ++w) sum.x += warp_sums[w].x, sum.y += warp_sums[w].y;
+    const int2 other = lane < warp ? warp_sums[lane] : int2{};  // of the warps before
+    sum = {sum.x + __reduce_add_sync(~0u, other.x), sum.y + __reduce_add_sync(~0u, other.y)};
     if (exists) {
       smem.offsets[e + 1] = before.x + sum.x;
       smem.tile_begin[e + 1] = before.y + sum.y;

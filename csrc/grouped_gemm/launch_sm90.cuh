@@ -32,9 +32,9 @@ cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t k, int64
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// gathered: its tokens come without tensor maps.
+// tokens_by_tma: else they need no tensor maps.
 template <class C>
-cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool gathered = false) {
+cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool tokens_by_tma = true) {
   using Element = typename C::Element;
   g.parts = args.b_parts;
   g.part_rows = args.n / args.b_parts;
@@ -44,12 +44,13 @@ cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool gathered 
   g.b_scale = args.b_scale;
   g.out_stride = args.n;
   g.k_stages = (args.k * int(sizeof(Element)) + 128 * C::kStageBlocks - 1) / (128 * C::kStageBlocks);
+  g.k_blocks = (args.k + 127) / 128;
   g.packed_k_blocks = args.k / kPackedBlock;
   g.out_dtype = args.out_dtype;
   g.bias_dtype = args.bias_dtype;
   g.b_global_scale = args.b_global_scale;
   g.packed_weights = static_cast<const uint8_t*>(args.b);
-  for (int size = 0; !gathered && 8 << size <= C::kMaxTokens; ++size) {  // each costs the host time
+  for (int size = 0; tokens_by_tma && 8 << size <= C::kMaxTokens; ++size) {  // each costs the host time
     if (8 << size == 64 && !C::kHas64) continue;
     if (auto e = make_tensor_map<Element>(&g.tokens[size], args.a, args.k, args.num_rows, 0, 8 << size)) return e;
     if (8 << size >= args.num_rows) break;  // no tile has more
@@ -92,22 +93,22 @@ cudaError_t launch_plain(const GroupedGemmArgs& args, int32_t* tile_counter, int
   return launch_kernel<C>(p, max_token_tiles(args.num_rows, args.num_experts, C::kMaxTokens) * row_tiles<C>(p.gemm[0]), num_sms, stream);
 }
 
-// FusedGemms::sync: the tile counter, all_ready, `ready` of each token tile, `arrived` of each token tile and group (split), each from a
-// cache line of its own, so that those who wait do not slow down those who draw.
+// FusedGemms::sync: the tile counter, that of a GEMM2 alone, and `ready` of each token tile (gated), each from a cache line of its own, so
+// that those who wait do not slow down those who draw.
 constexpr int64_t kCounterLine = 128 / sizeof(int32_t);
 
 template <class C>
 FusedGemmsSizes fused_sizes(const FusedGemms& f) {
   const int64_t token_tiles = max_token_tiles(f.gemm1.num_rows, f.gemm1.num_experts, C::kMaxTokens);
-  const int64_t arrived = C::kSplit ? token_tiles * ((f.gemm2.k + 127) / 128) : 0;
-  return {2 * kCounterLine + round_up(token_tiles, kCounterLine) + arrived, C::kSplit ? f.gemm1.num_rows * f.gemm1.n : 0};
+  if (C::kSplit) return {kCounterLine, f.gemm1.num_rows * f.gemm1.n};
+  return {2 * kCounterLine + token_tiles, 0};
 }
 
 template <class C>
 cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) {
   KernelParams p{};
-  if (auto e = fill_gemm<C>(p.gemm[0], f.gemm1, f.row_to_slot != nullptr)) return e;
-  if (auto e = fill_gemm<C>(p.gemm[1], f.gemm2)) return e;
+  if (auto e = fill_gemm<C>(p.gemm[0], f.gemm1, !C::kSplit && f.row_to_slot == nullptr)) return e;
+  if (auto e = fill_gemm<C>(p.gemm[1], f.gemm2, !C::kSplit)) return e;
   const int64_t token_tiles = max_token_tiles(f.gemm1.num_rows, f.gemm1.num_experts, C::kMaxTokens);
   const int32_t groups = (f.gemm2.k + 127) / 128;
   p.expert_offsets = f.gemm1.expert_offsets;
@@ -116,18 +117,19 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   p.gate_part = f.gate_part;
   p.topk_ids = f.topk_ids;
   p.expert_map = f.expert_map;
-  p.num_slots = int32_t(f.num_slots);
+  p.num_slots = int32_t(f.gemm1.num_rows);
+  p.hidden_states = f.hidden_states;
+  p.hidden_dtype = f.hidden_dtype;
+  p.hidden_size = f.gemm1.k;
+  p.topk_weights = f.topk_weights;
   p.num_global_experts = f.num_global_experts;
   p.activation = f.activation;
   p.tile_counter = f.sync;
-  p.all_ready = f.sync + kCounterLine;
   p.ready = f.sync + 2 * kCounterLine;
-  p.arrived = p.ready + round_up(token_tiles, kCounterLine);
-  p.ready_count = C::kSplit ? groups : groups * (C::kConsumers / 32);
+  p.ready_count = groups * (C::kConsumers / 32);
   p.act_scale = const_cast<float*>(f.gemm2.a_scale.data);
   p.act_scale_stride_row = f.gemm2.a_scale.stride_row;
   p.act_scale_stride_k = f.gemm2.a_scale.stride_k;
-  p.act = f.gemm1.out;
   p.row_to_slot = f.row_to_slot;
   p.gathered = f.gemm1.a;
   p.row_chunks = int32_t(f.gemm1.k * sizeof(typename C::Element) / 16);
@@ -142,7 +144,7 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   if (f.tactic.gemm2_alone) {
     p.num_gemms = 1;
     if (auto e = launch_kernel<C>(p, tiles1, num_sms, stream)) return e;
-    return grouped_gemm_sm90_counted(f.gemm2, p.all_ready, stream);
+    return grouped_gemm_sm90_counted(f.gemm2, f.sync + kCounterLine, stream);
   }
   return launch_kernel<C>(p, tiles1 + tiles2, num_sms, stream);
 }

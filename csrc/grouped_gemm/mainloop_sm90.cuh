@@ -21,11 +21,14 @@ struct Operands {
         tokens(descriptor_low(smem.tokens + (kWide ? warpgroup * 64 * kRowBytes : 0)) + stage * (C::kTokenBytes >> 4)) {}
 };
 
-// float8, narrow: one wgmma sum for each wave and K block, in `partial`.
+// float8, narrow: one wgmma sum for each wave or, where a stage has two of them, each K block, in `partial`.
 template <class C, int kTokens>
 struct NarrowFloat8 {
-  static constexpr int kWave = kTokens / 2, kQuads = kTokens < 16 ? 1 : kTokens / 16;
-  using Sum = float[C::kWaves * kWave];
+  static_assert(C::kWaves == 1 || C::kStageBlocks == 1);
+  static constexpr int kWave = kTokens / 2, kQuads = kTokens < 16 ? 1 : kTokens / 16, kSums = C::kWaves * C::kStageBlocks;
+  static constexpr int kGroups = C::kWaves;  // of wgmma, a stage
+  using Sum = float[kSums * kWave];
+  using Total = float[C::kWaves * kWave];
   const Smem<C>& smem;
   PipelineState<C::kStages> pipe;  // of the stage to be issued next
   int warpgroup;
@@ -38,8 +41,11 @@ struct NarrowFloat8 {
       cute::warpgroup_arrive();
 #pragma unroll
       for (int kk = 0; kk < 4; ++kk)  // 32 bytes of K each: descriptor + 2
-        Mma<typename C::Element, kTokens, w * kWave>::run(in.weights + w * (C::kWaveRows * kRowBytes >> 4) + 2 * kk, in.tokens + 2 * kk,
-                                                          partial, kk > 0);
+        unrolled<C::kStageBlocks>([&](auto h) {
+          Mma<typename C::Element, kTokens, (w + h) * kWave>::run(
+              in.weights + h * (C::kBlockWeightBytes >> 4) + w * (C::kWaveRows * kRowBytes >> 4) + 2 * kk,
+              in.tokens + h * (C::kBlockTokenBytes >> 4) + 2 * kk, partial, kk > 0);
+        });
       cute::warpgroup_commit_batch();
     });
     pipe.advance();
@@ -47,29 +53,31 @@ struct NarrowFloat8 {
 
   // total += scale * partial, of a stage; `kAhead` wgmma groups were issued after those of `partial`.
   template <int kAhead>
-  __device__ void promote(int stage, Sum& partial, Sum& total) {
-    const uint32_t scales = smem.scales + stage * (4 * C::kWaves * C::kWaveScales) + (threadIdx.x & 3) * 16;
-    float scale[C::kWaves * kQuads][4];  // loaded while wgmma runs
+  __device__ void promote(int stage, Sum& partial, Total& total) {
+    const uint32_t scales = smem.scales + stage * C::kScaleBytes + (threadIdx.x & 3) * 16;
+    float scale[kSums * kQuads][4];  // loaded while wgmma runs
 #pragma unroll
-    for (int q = 0; q < C::kWaves * kQuads; ++q)
+    for (int q = 0; q < kSums * kQuads; ++q)
       asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                    : "=f"(scale[q][0]), "=f"(scale[q][1]), "=f"(scale[q][2]), "=f"(scale[q][3])
                    : "r"(scales + q / kQuads * (4 * C::kWaveScales) + q % kQuads * 64));
-    unrolled<C::kWaves>([&](auto w) {
-      cute::warpgroup_wait<kAhead + C::kWaves - 1 - w>();
+    unrolled<kSums>([&](auto sum) {
+      constexpr int kWaveOf = C::kWaves == 1 ? 0 : sum;
+      cute::warpgroup_wait<kAhead + kGroups - 1 - kWaveOf>();
       fence_registers(partial);
 #pragma unroll
       for (int i = 0; i < kWave; ++i)
-        total[w * kWave + i] = fmaf(scale[w * kQuads + i / 8][i % 8 / 4 * 2 + i % 2], partial[w * kWave + i], total[w * kWave + i]);
+        total[kWaveOf * kWave + i] =
+            fmaf(scale[sum * kQuads + i / 8][i % 8 / 4 * 2 + i % 2], partial[sum * kWave + i], total[kWaveOf * kWave + i]);
     });
     release<C>(smem, stage);
   }
 };
 
-// The second wave multiplies while the first is promoted. Up to 32 tokens, where a K block is little work, the next K block
+// The second wave multiplies while the first is promoted. Up to 32 tokens, where a stage is little work, the next stage
 // is issued before the last one is promoted.
 template <class C, int kTokens>
-__device__ __forceinline__ void multiply_float8(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, int warpgroup,
+__device__ __forceinline__ void multiply_float8(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, int warpgroup,
                                                 float (&total)[C::kWaves * kTokens / 2]) {
   using Loop = NarrowFloat8<C, kTokens>;
   Loop loop{smem, pipe, warpgroup};
@@ -81,25 +89,25 @@ __device__ __forceinline__ void multiply_float8(const Smem<C>& smem, PipelineSta
     int stage = pipe.stage;
     loop.issue(partial);
 #pragma unroll 1
-    for (int left = k_blocks - 1;; left -= 2) {  // of `left` blocks nothing is issued; `partial` is in flight
+    for (int left = k_stages - 1;; left -= 2) {  // of `left` stages nothing is issued; `partial` is in flight
       if (left == 0) {
         loop.template promote<0>(stage, partial, total);
         break;
       }
       loop.issue(other);
-      loop.template promote<C::kWaves>(stage, partial, total);
+      loop.template promote<Loop::kGroups>(stage, partial, total);
       stage = stage_after(stage);
       if (left == 1) {
         loop.template promote<0>(stage, other, total);
         break;
       }
       loop.issue(partial);
-      loop.template promote<C::kWaves>(stage, other, total);
+      loop.template promote<Loop::kGroups>(stage, other, total);
       stage = stage_after(stage);
     }
   } else {
 #pragma unroll 1
-    for (int kb = 0; kb < k_blocks; ++kb) {
+    for (int kb = 0; kb < k_stages; ++kb) {
       const int stage = loop.pipe.stage;
       loop.issue(partial);
       loop.template promote<0>(stage, partial, total);
@@ -119,7 +127,7 @@ __device__ __forceinline__ void multiply_float8_wide(const Smem<C>& smem, Pipeli
 #pragma unroll 1
   for (int kb = 0; kb < k_blocks; ++kb, pipe.advance()) {
     const Operands<C, true> in(smem, pipe.stage, warpgroup);
-    const uint32_t scales = smem.scales + pipe.stage * (4 * C::kWaves * C::kWaveScales);
+    const uint32_t scales = smem.scales + pipe.stage * C::kScaleBytes;
     wait_full<C>(smem, pipe);
 #pragma unroll
     for (int w = 0; w < C::kWaves; ++w) {

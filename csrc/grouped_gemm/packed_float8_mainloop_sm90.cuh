@@ -58,7 +58,7 @@ struct PackedFloat8 {
   // total += scale * partial, of wave w of a stage; kAhead groups were issued after it.
   template <int kAhead, int w>
   __device__ __forceinline__ void promote(int stage, Sum& partial, float (&total)[C::kWaves * kWave]) const {
-    const uint32_t scales = smem.scales + stage * (4 * C::kWaves * C::kWaveScales) + w * (4 * C::kWaveScales) + (threadIdx.x & 3) * 16;
+    const uint32_t scales = smem.scales + stage * C::kScaleBytes + w * (4 * C::kWaveScales) + (threadIdx.x & 3) * 16;
     float scale[kQuads][4];  // loaded while wgmma runs
 #pragma unroll
     for (int q = 0; q < kQuads; ++q)

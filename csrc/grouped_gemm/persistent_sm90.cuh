@@ -6,12 +6,11 @@
 
 namespace moe::sm90 {
 
-// Tells GEMM2 that this warp's (gated) or this group's (split) part of a token tile of act is in memory.
+// Tells GEMM2 that this warp's part of a token tile of act is in memory (gated).
 template <class C>
 __device__ __forceinline__ void signal_ready(const KernelParams& p, int32_t token_tile) {
   fence_gpu();  // GEMM2 reads act by TMA: the fence between the two proxies is the reader's (wait_for_act())
   atomicAdd(p.ready + token_tile, 1);
-  if (C::kSplit) atomicAdd(p.all_ready, 1);
 }
 
 template <class C>
@@ -67,8 +66,6 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
         __syncwarp();  // the stores of all lanes, before the leader's fence
         unsignalled = tile.token_tile;
       }
-    if constexpr (C::kSplit)
-      if (tile.gemm == 0 && complete_group(p, smem, tile) && threadIdx.x == 0) signal_ready<C>(p, tile.token_tile);
     release_tile(smem, slot);
   }
 }
@@ -77,12 +74,14 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm_kernel(const __grid_constant__ KernelParams p) {
   extern __shared__ uint8_t raw[];
   const Smem<C> smem(raw, p.row_to_slot != nullptr);
+  int expert = -1;
+  if constexpr (C::kSplit) expert = p.local_expert(threadIdx.x);  // long before it is needed
   static_assert(sizeof(CUtensorMap) == 128 && offsetof(GemmParams, tokens) == 128);
   if (threadIdx.x < 12 && threadIdx.x / 6 < p.num_gemms)
     asm volatile("prefetch.tensormap [%0];" ::"l"(&p.gemm[threadIdx.x / 6].weights + threadIdx.x % 6) : "memory");
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::kStages; ++s) {
-      smem.full[s].init(1 + (smem.gathered ? kGatherArrivals<C> : 1));  // the weights' thread, and the tokens' warp or all of them
+      smem.full[s].init(1 + (smem.gathered ? kGatherArrivals<C> : C::kTokenSteps));  // the weights' thread, and the tokens' warps
       smem.empty[s].init(C::kConsumers / 32);
     }
     for (int s = 0; s < kTileSlots; ++s) {
@@ -91,15 +90,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm_ker
     }
     cutlass::arch::fence_barrier_init();
   }
-  const bool counted = C::kSplit && p.topk_ids != nullptr;
-  if (counted) {
-    count_slots<C>(p, smem);
-    count_tiles<C>(p, smem, true);  // its barriers also publish the mbarriers
-  }
   pdl_wait();
-  int32_t first_tile = 0;
-  if (threadIdx.x == C::kConsumers) first_tile = atomicAdd(p.tile_counter, 1);
-  if (!counted) count_tiles<C>(p, smem, false);
+  int32_t first_tile = blockIdx.x;
+  if (threadIdx.x == C::kConsumers && p.tile_counter != nullptr) first_tile = atomicAdd(p.tile_counter, 1);
+  if constexpr (C::kSplit) place_slots<C>(p, smem, expert);
+  else count_tiles<C>(p, smem, false);  // their barriers also publish the mbarriers
   pdl_launch_next();
   const int warp = __shfl_sync(~0u, int(threadIdx.x / kLanes) - C::kConsumers / kLanes, 0);  // uniform, see consume()
   if (warp >= 0) {
@@ -109,7 +104,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm_ker
     } else if (smem.gathered) {
       if constexpr (C::kCanGather) gather_tokens<C>(p, smem, warp - 1);
     } else if (warp <= C::kTokenWarps) {
-      load_tokens<C>(p, smem, warp - 1);
+      if constexpr (C::kSplit) make_tokens<C>(p, smem, warp - 1);
+      else load_tokens<C>(p, smem, warp - 1);
     }
   } else {
     if constexpr (C::kRebalanceRegisters) cutlass::arch::warpgroup_reg_alloc<C::kConsumerRegisters>();

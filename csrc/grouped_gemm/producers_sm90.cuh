@@ -70,9 +70,10 @@ __device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
 }
 
 // Warp 0: draws tiles, tells the other warps, and fills the stages with weights. What comes next is drawn before the current tile is
-// loaded, so the counter's latency is hidden. `drawn` is lane 0's first tile. Split: GEMM2's tiles are taken several neighbours at a
-// time, because finding a tile is more work than loading a short one. They are drawn, too, if thread blocks differ in how much of GEMM1
-// they had; where that cannot be, or tiles are few, every thread block gets as many.
+// loaded, so the counter's latency is hidden. `drawn` is lane 0's first tile. Split: the second one is drawn once the first is loaded and all
+// thread blocks have theirs, because some start later, and tiles are few and long (4 tokens of DeepSeek-V3 TP8: 64 us if not, 55 so). GEMM2's tiles are
+// taken several neighbours at a time, because finding a tile is more work than loading a short one. They are drawn, too, if thread blocks
+// differ in how much of GEMM1 they had; where that cannot be, or tiles are few, every thread block gets as many.
 template <class C>
 __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t drawn) {
   TileFinder<C> finder(p, smem);
@@ -81,7 +82,9 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
   const bool leader = (threadIdx.x & 31) == 0;
   const int32_t gemm1_tiles = finder.end, grid = gridDim.x;
   int32_t index = 0, last = 0;
+  bool first_draw = C::kSplit;  // still to come
   Tile tile;
+  auto draw = [&] { drawn = p.tile_counter == nullptr ? index + grid : atomicAdd(p.tile_counter, 1); };  // the leader
   while (true) {
     if (++index < last) {
       if (!finder.advance_rows(tile)) tile = finder.find(index);
@@ -100,7 +103,7 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
       }
       tile = finder.find(index);
       if (leader && tile.size != 0) {
-        drawn = atomicAdd(p.tile_counter, 1);
+        if (!first_draw) draw();
         tile.act_ready = C::kGated && tile.gemm == 1 && load_acquire(p.ready + tile.token_tile) >= p.ready_count;
       }
     }
@@ -114,26 +117,26 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
     const GemmParams& g = p.gemm[tile.gemm];
     if constexpr (C::kFloat8 && !C::kPacked)  // to L2, long before the token warps read them
       for (int w = 0; w < C::kWaves; ++w)
-        for (int kb = threadIdx.x & 31; kb < g.k_stages; kb += kLanes)
+        for (int kb = threadIdx.x & 31; kb < g.k_blocks; kb += kLanes)
           asm volatile("prefetch.global.L2 [%0];" ::"l"(weight_scales<C>(p, tile, w) + kb * g.b_scale.stride_k));
-    if constexpr (C::kPacked) {
-      load_packed<C>(p, smem, tile, pipe);
-      continue;
-    }
-    PipelineState<C::kStages> next = pipe;  // one lane waits, expects and starts the copies
-    for (int kb = 0; leader && kb < g.k_stages; ++kb, next.advance()) {
-      smem.empty[next.stage].wait(next.phase ^ 1);
-      Barrier& full = smem.full[next.stage];
+    if constexpr (C::kPacked) load_packed<C>(p, smem, tile, pipe);
+    for (int kb = 0; !C::kPacked && leader && kb < g.k_stages; ++kb, pipe.advance()) {  // `pipe` is the leader's, who alone waits and copies
+      smem.empty[pipe.stage].wait(pipe.phase ^ 1);
+      Barrier& full = smem.full[pipe.stage];
       full.arrive_and_expect_tx(C::kWeightBytes);
       for (int w = 0; w < C::kWaves; ++w) {
         int32_t part, row;
         wave_origin<C>(p, tile, w, part, row);
         for (int h = 0; h < C::kStageBlocks; ++h)
-          tma_load(smem.weights + next.stage * C::kWeightBytes + h * C::kBlockWeightBytes + w * C::kWaveRows * 128, &g.weights, full,
+          tma_load(smem.weights + pipe.stage * C::kWeightBytes + h * C::kBlockWeightBytes + w * C::kWaveRows * 128, &g.weights, full,
                    (kb * C::kStageBlocks + h) * kBlockK<C>, row, tile.expert * g.parts + part);
       }
     }
-    pipe = next;  // of the leader: nobody else looks at it
+    if (first_draw && leader) {
+      for (int tries = 0; tries < 20 && load_acquire(p.tile_counter) < grid; ++tries) __nanosleep(100);
+      draw();
+    }
+    first_draw = false;
     __syncwarp();
   }
 }
@@ -150,19 +153,13 @@ struct TokenLoader {
   const Smem<C>& smem;
   const int lane = threadIdx.x & 31;
   Tile tile;
-  bool all_ready = false;  // lane 0: all of act is
   const float* a_scale;
   const float* b_scale[C::kWaves];
 
   // Returns once act of the tile's tokens is in memory, for TMA and for loads that do not look in L1.
   __device__ void wait_for_act() {
     if (lane == 0) {
-      while (!tile.act_ready && !all_ready) {
-        const int32_t count = load_acquire(p.ready + tile.token_tile);
-        if (C::kSplit) all_ready = load_acquire(p.all_ready) == smem.tile_begin[p.num_experts] * p.ready_count;
-        if (count >= p.ready_count) break;
-        __nanosleep(32);
-      }
+      while (!tile.act_ready && load_acquire(p.ready + tile.token_tile) < p.ready_count) __nanosleep(32);
       fence_async_proxy();
     }
     __syncwarp();
@@ -194,7 +191,7 @@ struct TokenLoader {
   }
 
   __device__ void store_scales(int stage, const Scales& s) const {
-    const uint32_t scales = smem.scales + stage * (4 * C::kWaves * C::kWaveScales);
+    const uint32_t scales = smem.scales + stage * C::kScaleBytes;
 #pragma unroll
     for (int i = 0; i < kRowsPerLane; ++i) {
       const int token = lane + kLanes * i;

@@ -8,7 +8,8 @@
 
 namespace moe {
 
-// grouped_gemm_sm90 with the caller's tile counter, which must be 0; the launch leaves it used up.
+// grouped_gemm_sm90 with the caller's tile counter, which must be 0; the launch leaves it used up. Null: every thread block takes each
+// grid-th tile.
 cudaError_t grouped_gemm_sm90_counted(const GroupedGemmArgs&, int32_t* tile_counter, cudaStream_t stream);
 
 // Both GEMMs of a gated layer in one launch:
@@ -19,34 +20,35 @@ struct FusedGemms {
   sm90::Tactic tactic;       // a possible one: see fused_gemms_sm90_facts
   ActivationParams activation;
   int32_t gate_part = 0;     // which of the two parts of w13 is the gate (0: gate_up, 1: up_gate)
-  float* gate_up = nullptr;  // [num_rows, n] of gemm1, for few rows (see fused_gemms_sm90_sizes)
   int32_t* sync = nullptr;   // counters: must be 0; the launch leaves them used up
-  // GEMM1 gathers: its row r is row row_to_slot[r] / top_k of gemm1.a, whose scales are K-major. Or null: all tactics
-  // but gathered128.
-  const int32_t* row_to_slot = nullptr;
   int32_t top_k = 0;
-  // Few slots: what sort_slots sorts, complete before the kernel before this one started; or null. Then this kernel counts them while
-  // that one runs.
-  const int32_t* topk_ids = nullptr;    // [num_slots]
+  // gathered128: row r of GEMM1 is row row_to_slot[r] / top_k of gemm1.a, whose scales are K-major.
+  const int32_t* row_to_slot = nullptr;
+  // split: GEMM1 quantises rows of hidden_states by itself, those of topk_ids as sort_slots sorts them. All of this must be complete before
+  // the kernel before this one starts.
+  const void* hidden_states = nullptr;  // [num_tokens, k of gemm1]
+  DType hidden_dtype = DType::bfloat16;
+  const int32_t* topk_ids = nullptr;    // [num_rows]
+  const float* topk_weights = nullptr;  // [num_rows]: tokens are multiplied by them, top_k is 1; or null
   const int32_t* expert_map = nullptr;  // [num_global_experts] or null
-  int64_t num_slots = 0;
   int32_t num_global_experts = 0;
+  float* gate_up = nullptr;             // [num_rows, n of gemm1], must be 0
 };
 struct FusedGemmsSizes {
   int64_t sync = 0;     // int32 counters
-  int64_t gate_up = 0;  // floats, 0 where gate and up meet in one tile
+  int64_t gate_up = 0;  // floats, of split alone
 };
 const char* fused_gemms_sm90_why_not(const GroupedGemmArgs& gemm1, const GroupedGemmArgs& gemm2);
-sm90::LayerFacts fused_gemms_sm90_facts(const FusedGemms&, bool can_gather);  // what sm90::choose_tactic takes
-FusedGemmsSizes fused_gemms_sm90_sizes(const FusedGemms&);                    // a pure function of the sizes, dtypes and tactic in it
+sm90::LayerFacts fused_gemms_sm90_facts(const FusedGemms&, bool can_gather, bool can_split);  // what sm90::choose_tactic takes
+FusedGemmsSizes fused_gemms_sm90_sizes(const FusedGemms&);  // a pure function of the sizes, dtypes and tactic in it
 cudaError_t fused_gemms_sm90(const FusedGemms&, cudaStream_t stream);
 
 namespace sm90 {
 
 // Which tile configuration: weight rows x tokens, and how GEMM1's activation is done when both GEMMs are fused.
 //   plain: one GEMM.   gated: gate and up of 128 channels are one tile; its epilogue is the activation (and requantisation).
-//   split: few rows. Tiles of 64 or 128 weight rows, so that more SMs read weights, write float32 gate_up; whoever completes the
-//          last tile of a 128-channel group does its activation.
+//   split: few slots. Tiles of 64 or 128 weight rows, so that more SMs read weights, write float32 gate_up; GEMM2 does its activation when
+//          it reads it (split_sm90.cuh).
 enum class Mode { plain, gated, split };
 
 struct GemmParams {
@@ -58,6 +60,7 @@ struct GemmParams {
   ScaleView a_scale, b_scale, b_global_scale;
   int32_t parts, part_rows, out_stride;
   int32_t k_stages;                // what K fills, of Config::kStageBlocks K blocks each
+  int32_t k_blocks;                // float8: 1 x 128 scales of a token
   int32_t packed_k_blocks;         // packed: blocks of 64 k
   DType out_dtype, bias_dtype;
 };
@@ -66,27 +69,28 @@ struct KernelParams {
   GemmParams gemm[2];
   const int32_t* expert_offsets;
   const int32_t* expert_rows;      // plain: see GroupedGemmArgs; or null
-  int32_t* tile_counter;           // 0 at the start: tiles drawn
+  int32_t* tile_counter;           // 0 at the start: tiles drawn; or null, see grouped_gemm_sm90_counted
   int32_t num_gemms, num_experts;
   // The rest is for two fused GEMMs.
   const int32_t* row_to_slot;      // [num_rows]: GEMM1 gathers its tokens; or null: they are gemm[0]'s matrix
   const void* gathered;            // the matrix they are rows of, each row_chunks * 16 bytes
   int32_t row_chunks, top_k;
-  const int32_t* topk_ids;         // split: of few slots; or null
+  const void* hidden_states;       // split: see FusedGemms
+  const int32_t* topk_ids;
+  const float* topk_weights;
   const int32_t* expert_map;
-  int32_t num_slots, num_global_experts;
+  int32_t hidden_size, num_slots, num_global_experts;
+  DType hidden_dtype;
   int32_t gate_part;
-  int32_t* ready;                  // [token tiles] 0 at the start: parts of act that are complete
+  int32_t* ready;                  // gated: [token tiles] 0 at the start: parts of act that are complete
   int32_t ready_count;             // what makes a token tile of act complete
-  int32_t* all_ready;              // split: [1] 0 at the start: the sum of ready
-  int32_t* arrived;                // split: [token tiles, groups] 0 at the start: tiles of gate_up that are complete
-  float* act_scale;                // float8 only: 1 x 128 scales of act
+  float* act_scale;                // gated, float8: 1 x 128 scales of act
   int64_t act_scale_stride_row, act_scale_stride_k;
-  void* act;                       // split: [num_rows, part_rows of GEMM1]
   ActivationParams activation;
 
 #ifdef __CUDACC__
   __device__ int local_expert(int slot) const {  // -1: none
+    if (slot >= num_slots) return -1;
     int expert = topk_ids[slot];
     if (expert_map != nullptr) expert = expert >= 0 && expert < num_global_experts ? expert_map[expert] : -1;
     return expert >= 0 && expert < num_experts ? expert : -1;

@@ -1,73 +1,199 @@
-// The activation of Mode::split: act[r, 128 g ..] = quantize(activation(gate_up[r, ..])) for one 128-channel group g of a token
-// tile, by the thread block that stored the group's last tile of gate_up. The same bits as the gated epilogues and act_mul.
+// Mode::split, for few slots: the token warps make the tokens of both GEMMs by themselves, in shared memory and quantised.
+//   GEMM1: row r of an expert = quantize(hidden_states[slot / top_k] (* topk_weights[slot] if given)), slot the r-th one of that expert
+//   GEMM2: row r = quantize(activation(gate_up[r])), gate_up float32 in device memory
+// So nothing is permuted before the kernel, and between the GEMMs there is one way through memory: gate_up is 0 at the start, no value is
+// stored as +0 (but as -0, which makes no difference to any sum), and whoever needs four of them reads until none is +0. The bits are those
+// of permute, of the gated epilogues and of act_mul.
 #pragma once
 #include "grouped_gemm/epilogue_sm90.cuh"
+#include "grouped_gemm/producers_sm90.cuh"
 
 namespace moe::sm90 {
 
-// Tiles of gate_up that hold a group's gates and ups.
+// The rows of few slots, sorted stably by expert: smem.offsets, tile_begin, and row_tokens, the token of each row. Its barriers are for all
+// threads. `expert`: of slot threadIdx.x; -1: none.
 template <class C>
-__device__ __forceinline__ int32_t tiles_of_group(const GemmParams& g, int32_t group) {
-  return g.parts * ((min(128, g.part_rows - 128 * group) + C::kRows - 1) / C::kRows);
+__device__ void place_slots(const KernelParams& p, const Smem<C>& smem, int expert) {
+  static_assert(kMaxSplitSlots <= C::kThreads && kMaxSplitSlots % 8 == 0 && C::kStagingBytes >= 256 + 2 * kMaxSplitSlots);
+  auto experts = reinterpret_cast<int16_t*>(smem.staging_ptr + 256);  // of each slot; count_tiles() uses the bytes before
+  for (int e = threadIdx.x; e <= p.num_experts; e += C::kThreads) smem.offsets[e] = 0;
+  if (threadIdx.x < kMaxSplitSlots) experts[threadIdx.x] = int16_t(expert);
+  __syncthreads();  // zeroed, and experts is complete
+  int rank = 0;     // slots of this expert before this one
+  const auto token = uint16_t(threadIdx.x / uint32_t(p.top_k));
+  if (expert >= 0) {
+    atomicAdd(smem.offsets + expert + 1, 1);
+    for (int first = 0; first < int(threadIdx.x); first += 8) {
+      const uint4 eight = *reinterpret_cast<const uint4*>(experts + first);
+      const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) rank += first + i < threadIdx.x && (words[i / 2] >> 16 * (i % 2) & 0xFFFF) == uint32_t(expert);
+    }
+  }
+  __syncthreads();  // offsets[e + 1] = slots of expert e
+  count_tiles<C>(p, smem, true);
+  if (expert >= 0) smem.row_tokens[smem.offsets[expert] + rank] = token;
+  __syncthreads();  // row_tokens is complete
 }
 
-// Four channels of a token a lane, a token a warp.
+__device__ __forceinline__ float4 load_relaxed(const float* address) {
+  float4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(address) : "memory");
+  return v;
+}
+
+// Four neighbouring channels of a row of GEMM1's tokens.
 template <class C>
-__device__ void activate_group(const KernelParams& p, const Tile& tile, int32_t group) {
-  const GemmParams& g = p.gemm[0];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, channel = 128 * group + 4 * lane;
-  const bool exists = channel < g.part_rows;
-  for (int t = warp; t < tile.valid_tokens; t += C::kConsumers / 32) {
-    const int64_t row = tile.token + t;
-    float4 first = {}, second = {};
-    if (exists) {
-      const float* gate_up = static_cast<const float*>(g.out) + row * g.out_stride + channel;
-      first = __ldcg(reinterpret_cast<const float4*>(gate_up));
-      second = __ldcg(reinterpret_cast<const float4*>(gate_up + g.part_rows));
+struct HiddenChannels {
+  uint2 bits;
+  float weight;
+
+  __device__ __forceinline__ void load(const KernelParams& p, const Smem<C>& smem, int row, int channel) {
+    const int token = smem.row_tokens[row];
+    bits = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(p.hidden_states) + int64_t(token) * p.hidden_size + channel));
+    weight = p.topk_weights == nullptr ? 1.f : __ldg(p.topk_weights + token);  // top_k is 1
+  }
+  __device__ __forceinline__ bool is_there() const { return true; }
+  __device__ __forceinline__ void values(const KernelParams& p, float (&y)[4]) const {
+    const uint32_t words[2] = {bits.x, bits.y};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint16_t half = words[i / 2] >> 16 * (i % 2);
+      y[i] = p.hidden_dtype == DType::float16 ? __half2float(__ushort_as_half(half)) : __bfloat162float(__ushort_as_bfloat16(half));
+      if (p.topk_weights != nullptr) y[i] = __fmul_rn(y[i], weight);
     }
+  }
+};
+
+// Of GEMM2's.
+template <class C>
+struct GateUpChannels {
+  float4 first, second;  // of the two parts of w13
+
+  __device__ __forceinline__ void load(const KernelParams& p, const Smem<C>&, int row, int channel) {
+    const GemmParams& g = p.gemm[0];
+    const float* gate_up = static_cast<const float*>(g.out) + int64_t(row) * g.out_stride + channel;
+    first = load_relaxed(gate_up);
+    second = load_relaxed(gate_up + g.part_rows);
+  }
+  static __device__ __forceinline__ bool is_there(const float4& v) {
+    return __float_as_uint(v.x) != 0 && __float_as_uint(v.y) != 0 && __float_as_uint(v.z) != 0 && __float_as_uint(v.w) != 0;
+  }
+  __device__ __forceinline__ bool is_there() const { return is_there(first) && is_there(second); }
+  __device__ __forceinline__ void values(const KernelParams& p, float (&y)[4]) const {
     const float4 gate = p.gate_part == 0 ? first : second, up = p.gate_part == 0 ? second : first;
-    float y[4];
     with_gated_activation(p.activation.kind, [&](auto kind) {
       y[0] = activate<decltype(kind)::value>(p.activation, gate.x, up.x);
       y[1] = activate<decltype(kind)::value>(p.activation, gate.y, up.y);
       y[2] = activate<decltype(kind)::value>(p.activation, gate.z, up.z);
       y[3] = activate<decltype(kind)::value>(p.activation, gate.w, up.w);
     });
+  }
+};
+
+// A token warp: every kTokenWarps-th step of 128 k; four channels a lane, and kRowsAtOnce rows in flight, those of its next step as well.
+template <class C>
+struct SplitTokens {
+  static_assert(C::kMaxTokens == kLanes && C::kWaves == 1);
+  static constexpr int kRowsAtOnce = 4;
+  using Pipe = PipelineState<C::kStages * C::kTokenSteps>;  // of steps
+  const KernelParams& p;
+  const Smem<C>& smem;
+  const int lane = threadIdx.x & 31;
+  Tile tile;
+
+  template <class Channels>
+  __device__ __forceinline__ void load(Channels (&rows)[kRowsAtOnce], int base, int channel, int channels) const {
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i)
+      if (base + i < tile.valid_tokens && channel < channels) rows[i].load(p, smem, tile.token + base + i, channel);
+  }
+
+  // Stores four channels of a row, quantised. Its scale (float8).
+  __device__ __forceinline__ float store(int step, int row, const float (&y)[4]) const {
+    const uint32_t tokens = smem.tokens + step * (C::kTokenBytes / C::kTokenSteps);
     if constexpr (C::kFloat8) {
-      float amax = 0.f;  // fmaxf ignores NaN, as the contract says
-      if (exists) amax = fmaxf(fmaxf(fabsf(y[0]), fabsf(y[1])), fmaxf(fabsf(y[2]), fabsf(y[3])));
-      for (int d = 1; d < 32; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-      const float scale = quantisation_scale(amax), inverse = __fdiv_rn(1.f, scale);
-      if (lane == 0) p.act_scale[row * p.act_scale_stride_row + group * p.act_scale_stride_k] = scale;
+      const float mine = fmaxf(fmaxf(fabsf(y[0]), fabsf(y[1])), fmaxf(fabsf(y[2]), fabsf(y[3])));  // fmaxf ignores NaN, as the contract says
+      const float amax = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(mine)));
+      const float scale = quantisation_scale(amax), inverse = __frcp_rn(scale);
       auto pair = [&](float a, float b) {
         return uint32_t(__nv_cvt_float2_to_fp8x2(make_float2(__fmul_rn(a, inverse), __fmul_rn(b, inverse)), __NV_SATFINITE, __NV_E4M3));
       };
-      if (exists) *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.act) + row * g.part_rows + channel) = pair(y[0], y[1]) | pair(y[2], y[3]) << 16;
+      asm volatile("st.shared.u32 [%0], %1;" ::"r"(tokens + staged(row, lane / 4) + lane % 4 * 4), "r"(pair(y[0], y[1]) | pair(y[2], y[3]) << 16)
+                   : "memory");
+      return scale;
     } else {
       constexpr DType kOut = std::is_same_v<typename C::Element, __half> ? DType::float16 : DType::bfloat16;
-      const uint2 packed = {pack_16bit(kOut, y[0], y[1]), pack_16bit(kOut, y[2], y[3])};
-      if (exists) *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.act) + row * g.part_rows + channel) = packed;
+      const uint32_t address = tokens + lane / 16 * C::kBlockTokenBytes + staged(row, lane % 16 / 2) + lane % 2 * 8;
+      asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(pack_16bit(kOut, y[0], y[1])), "r"(pack_16bit(kOut, y[2], y[3])) : "memory");
+      return 0.f;
     }
   }
-}
 
-// Called by all consumers when their tile of gate_up is stored. True if this thread block completed a group of act.
-template <class C>
-__device__ bool complete_group(const KernelParams& p, const Smem<C>& smem, const Tile& tile) {
-  const GemmParams& g = p.gemm[0];
-  const int32_t groups = (g.part_rows + 127) / 128, group = tile.row / 128;
-  // Read after the second barrier, written again only after the first one of the next tile.
-  sync_threads(3, C::kConsumers);  // gate_up of all threads is stored
-  if (threadIdx.x == 0) {
-    fence_gpu();
-    *smem.flag = atomicAdd(p.arrived + int64_t(tile.token_tile) * groups + group, 1) == tiles_of_group<C>(g, group) - 1;
-    fence_gpu();
+  // The steps of a tile that are this warp's: the next one is `first`, of this tile or a later one.
+  template <class Channels>
+  __device__ void fill(int& first, Pipe& pipe) const {
+    const GemmParams& g = p.gemm[tile.gemm];
+    const int channels = tile.gemm == 0 ? p.hidden_size : p.gemm[0].part_rows, steps = g.k_stages * C::kTokenSteps;
+    const float* b_scale = C::kFloat8 && !C::kPacked ? weight_scales<C>(p, tile, 0) : nullptr;
+    Channels rows[kRowsAtOnce];
+    float b = 1.f;
+    auto load_step = [&](int step) {
+      if (b_scale != nullptr) b = __ldg(b_scale + min(step, g.k_blocks - 1) * g.b_scale.stride_k);
+      load(rows, 0, step * 128 + 4 * lane, channels);
+    };
+    if (first < steps) load_step(first);
+    for (; first < steps; first += C::kTokenWarps, pipe.advance(C::kTokenWarps)) {
+      const int stage = pipe.stage / C::kTokenSteps, channel = first * 128 + 4 * lane;
+      const bool exists = channel < channels;
+      float a = 0.f;  // the scale of row `lane`
+      smem.empty[stage].wait(pipe.phase ^ 1);
+      for (int base = 0; base < tile.valid_tokens; base += kRowsAtOnce) {
+        if (base > 0) load(rows, base, channel, channels);
+        // What is not there yet is quantised all the same, once: the instructions are in the cache when it comes.
+        for (int tries = 0;; ++tries) {
+          bool there = true;
+#pragma unroll
+          for (int i = 0; i < kRowsAtOnce; ++i) there &= !exists || base + i >= tile.valid_tokens || rows[i].is_there();
+          there = __all_sync(~0u, there);
+          if (there || tries == 0) {
+#pragma unroll
+            for (int i = 0; i < kRowsAtOnce; ++i) {
+              if (base + i >= tile.valid_tokens) break;
+              float y[4] = {};
+              if (exists) rows[i].values(p, y);
+              const float scale = store(pipe.stage, base + i, y);
+              if (lane == base + i) a = scale;
+            }
+          }
+          if (there) break;
+          load(rows, base, channel, channels);
+        }
+      }
+      if constexpr (C::kFloat8)
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(smem.scales + pipe.stage * C::kBlockScaleBytes + 4 * scale_index(lane)), "f"(__fmul_rn(a, b)) : "memory");
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what was stored
+      __syncwarp();
+      if (lane == 0) smem.full[stage].arrive();
+      if (first + C::kTokenWarps < steps) load_step(first + C::kTokenWarps);  // not before: the arrival would wait for it
+    }
+    first -= steps;
   }
-  sync_threads(3, C::kConsumers);
-  if (*smem.flag == 0) return false;
-  activate_group<C>(p, tile, group);
-  sync_threads(3, C::kConsumers);  // act of all threads is stored
-  return true;
+};
+
+template <class C>
+__device__ void make_tokens(const KernelParams& p, const Smem<C>& smem, int first) {
+  typename SplitTokens<C>::Pipe pipe;
+  pipe.advance(first);
+  PipelineState<kTileSlots> slot;
+  SplitTokens<C> loader{p, smem};
+  while (true) {
+    loader.tile = wait_tile(smem, slot);
+    release_tile(smem, slot);  // copied
+    if (loader.tile.size == 0) return;
+    if (loader.tile.gemm == 0) loader.template fill<HiddenChannels<C>>(first, pipe);
+    else loader.template fill<GateUpChannels<C>>(first, pipe);
+  }
 }
 
 }  // namespace moe::sm90

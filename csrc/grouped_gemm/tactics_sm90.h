@@ -23,10 +23,13 @@ constexpr int64_t max_token_tiles(int64_t num_rows, int32_t num_experts, int32_t
 enum class Elements { bits16, float8, packed, packed_float8 };  // what is multiplied; packed: weights, by 16-bit tokens or float8 ones
 
 // Tiles of both GEMMs: Mode (sm90_config.h), and weight rows (split) or the most tokens (gated, of 256 weight rows).
-//   gated32: packed only, two thread blocks an SM.   gathered128: gated128 whose GEMM1 gathers its tokens; the others read permuted ones.
+//   gated32: packed only, two thread blocks an SM.   gathered128: gated128 whose GEMM1 gathers its tokens; the other gated ones read
+//   permuted ones.   split: up to kMaxSplitSlots slots.
 enum class Tiles { split64, split128, gated32, gated64, gated128, gathered128 };
 constexpr const char* kTilesNames[] = {"split64", "split128", "gated32", "gated64", "gated128", "gathered128"};
 constexpr const char* kGemm2Alone = "+gemm2";  // behind those in a tactic's name
+
+constexpr int32_t kMaxSplitSlots = 384;  // of a thread each
 
 struct Tactic {
   Tiles tiles = Tiles::gated128;
@@ -36,11 +39,16 @@ struct Tactic {
 // What is known of a layer before it runs.
 struct LayerFacts {
   Elements elements;
-  int64_t num_rows;           // under expert parallelism more than those in use
+  int64_t num_rows;           // the most that can be
   int32_t num_experts;
   int64_t hidden_size, intermediate_size;
   int32_t num_sms;
-  bool can_gather;            // whether GEMM1 may read the caller's tokens
+  bool can_gather;            // whether GEMM1 may read the caller's tokens as they are (gathered128)
+  bool can_split;             // or quantise them itself (split; up to kMaxSplitSlots)
+  double local_share;         // of num_rows, expected here: with an expert_map, local experts of global ones, else 1
+
+  constexpr double expected_rows() const { return double(num_rows) * local_share; }
+  constexpr bool may_split() const { return can_split && num_rows <= kMaxSplitSlots; }
 };
 
 constexpr const TacticConstants& constants_of(Elements elements) {
@@ -59,6 +67,7 @@ constexpr bool is_possible(const LayerFacts& f, const Tactic& tactic) {
   if (tactic.tiles == Tiles::gated32 && f.elements != Elements::packed) return false;
   if (tokens_of(tactic.tiles) > 64 && f.elements == Elements::packed_float8) return false;
   if (tactic.tiles == Tiles::gathered128 && !f.can_gather) return false;
+  if (!gated(tactic.tiles) && !f.may_split()) return false;
   return gated(tactic.tiles) || !tactic.gemm2_alone;
 }
 
@@ -67,17 +76,17 @@ constexpr int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1
 inline Tiles choose_tiles(const LayerFacts& f) {
   const TacticConstants& c = constants_of(f.elements);
   // How many experts are hit if every row draws one at random.
-  const double hit = f.num_experts * (1 - std::exp(-double(f.num_rows) / f.num_experts));
+  const double rows = f.expected_rows(), hit = f.num_experts * (1 - std::exp(-rows / f.num_experts));
   const auto tiles = [&](int64_t weight_rows, int64_t tile_rows) { return hit * double(tiles_of(weight_rows, tile_rows)); };
-  const auto rows_an_expert_up_to = [&](double rows) { return f.num_rows <= rows * f.num_experts; };
+  const auto rows_an_expert_up_to = [&](double most) { return rows <= most * f.num_experts; };
   const int64_t gemm1_rows = 2 * f.intermediate_size, gemm2_rows = f.hidden_size;
+  // Split where tiles of 256 weight rows are too few to keep the memory busy and an expert has few tokens.
+  if (f.may_split() && rows_an_expert_up_to(c.split_rows) && std::min(tiles(gemm1_rows, 256), tiles(gemm2_rows, 256)) < c.split_rounds * f.num_sms)
+    return tiles(gemm1_rows, 128) < c.split64_rounds * f.num_sms ? Tiles::split64 : Tiles::split128;
   // Two thread blocks an SM hide the latency of unpacking, but each takes longer, so that a last round of few tiles costs more.
   const auto rounds = [&](int32_t thread_blocks) { return std::ceil(tiles(gemm1_rows, 256) / thread_blocks); };
   if (f.elements == Elements::packed && rows_an_expert_up_to(c.gated32_rows) && c.gated32_cost * rounds(2 * f.num_sms) < rounds(f.num_sms))
     return Tiles::gated32;
-  // Split where tiles of 256 weight rows are too few to keep the memory busy and an expert has few tokens.
-  if (rows_an_expert_up_to(c.split_rows) && std::min(tiles(gemm1_rows, 256), tiles(gemm2_rows, 256)) < c.split_rounds * f.num_sms)
-    return tiles(gemm1_rows, 128) < c.split64_rounds * f.num_sms ? Tiles::split64 : Tiles::split128;
   if (rows_an_expert_up_to(c.gated64_rows) || f.elements == Elements::packed_float8) return Tiles::gated64;
   // Gathering saves writing and reading permuted tokens; but every row tile copies its tokens anew by instructions, where TMA takes permuted
   // ones, and the consumers wait for a fence (of which 16 bits notice less).
@@ -85,9 +94,10 @@ inline Tiles choose_tiles(const LayerFacts& f) {
 }
 
 // Where GEMM2's tiles are few and long: smaller ones, in a launch of their own, end together.
-constexpr bool gemm2_alone(const LayerFacts& f, Tiles tiles) {
+inline bool gemm2_alone(const LayerFacts& f, Tiles tiles) {
   const TacticConstants& c = constants_of(f.elements);
-  const int64_t gemm2_tiles = max_token_tiles(f.num_rows, f.num_experts, tokens_of(tiles)) * tiles_of(f.hidden_size, 256);
+  const auto rows = int64_t(std::ceil(f.expected_rows()));
+  const int64_t gemm2_tiles = max_token_tiles(rows, f.num_experts, tokens_of(tiles)) * tiles_of(f.hidden_size, 256);
   return gated(tiles) && gemm2_tiles < c.alone_rounds * f.num_sms && f.intermediate_size >= c.alone_k_blocks * 128;
 }
 
@@ -121,6 +131,13 @@ constexpr int32_t choose_tile_rows(int64_t num_rows, int32_t num_experts, int32_
   const int64_t token_tiles = max_token_tiles(num_rows, num_experts) * parts;
   if (token_tiles * tiles_of(part_rows, 256) >= 8 * num_sms) return 256;     // enough of them: the last round is a small part of all
   return token_tiles * tiles_of(part_rows, 128) >= num_sms ? 128 : 64;       // decode: more thread blocks pull more bytes
+}
+
+// Whether every thread block takes each grid-th tile. More tiles are drawn from a counter, so that thread blocks do not drift apart; but the
+// counter has to be set to 0 before, by an operation of its own.
+constexpr bool tiles_are_dealt(int64_t num_rows, int32_t num_experts, int32_t part_rows, int32_t parts, int32_t num_sms) {
+  const int32_t tile_rows = choose_tile_rows(num_rows, num_experts, part_rows, parts, num_sms);
+  return max_token_tiles(num_rows, num_experts, 32) * parts * tiles_of(part_rows, tile_rows) <= 4 * int64_t(num_sms);
 }
 
 }  // namespace moe::sm90

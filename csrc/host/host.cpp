@@ -7,7 +7,8 @@
 //   unpack_scale(layout, packed, rows, columns, expert_offsets)   layout by its number, expert_offsets may be empty
 //   quantize_block(format, x, global_scale)      common/quantize.cuh: float32 [n] -> (value bytes, stored scale)
 //   choose_tactic(facts), possible_tactics(facts)  grouped_gemm/tactics_sm90.h: facts as (elements by number, num_rows,
-//                                                  num_experts, hidden_size, intermediate_size, num_sms, can_gather)
+//                                                  num_experts, hidden_size, intermediate_size, num_sms, can_gather, can_split,
+//                                                  local_share)
 //   read_block_scaled(format, ...)               what a block-scaled grouped GEMM reads (block_scaled.cpp)
 // Arrays come and go as bytes.
 #include "host/device_shims.h"
@@ -148,7 +149,7 @@ std::pair<py::bytes, uint32_t> quantize_block(const std::string& format, const s
   throw py::value_error("quantize_block: format: expected a quantised format, got " + format);
 }
 
-using Facts = std::tuple<int, int64_t, int32_t, int64_t, int64_t, int32_t, bool>;
+using Facts = std::tuple<int, int64_t, int32_t, int64_t, int64_t, int32_t, bool, bool, double>;
 
 moe::sm90::LayerFacts layer_facts(const Facts& facts) {
   return std::apply([](int elements, auto... rest) { return moe::sm90::LayerFacts{moe::sm90::Elements(elements), rest...}; }, facts);

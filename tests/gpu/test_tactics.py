@@ -29,6 +29,8 @@ def test_the_same_bits(format: str, num_tokens: int) -> None:
     call = layer(format, num_tokens)
     expected = call(overload("cutlass_sm90"))
     tiles = TILES[:3] if format == W4A8 else (*TILES, "gated32") if format in PACKED else TILES
+    if num_tokens == 700:  # too many slots for split tiles
+        tiles = tiles[2:]
     alone = [f"{name}+gemm2" for name in tiles if not name.startswith("split")]
     for tactic in ("", *tiles, *alone):
         poison_free_memory()
