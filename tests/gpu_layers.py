@@ -13,7 +13,7 @@ DEVICE = "cuda"
 # activations.
 PACKED = ("nvfp4", "mxfp4", "mxfp8")
 W4A8 = "mxfp4 x fp8_block"
-# cutlass_sm90 takes split tiles of 128 rows up to 64 tokens; then gated tiles. From 385 tokens on GEMM1 gathers its
+# cutlass_sm90 takes split tiles up to about a dozen tokens; then gated tiles. From 385 tokens on GEMM1 gathers its
 # tokens. (test_tactics.py names every tactic.)
 LAYER = {"hidden_size": 1024, "intermediate_size": 512, "num_experts": 64, "top_k": 8}
 

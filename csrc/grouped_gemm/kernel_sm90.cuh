@@ -7,7 +7,8 @@
 // twice at 8192 tokens, and was bound by that). The tokens of a neighbouring expert that a tile reads are never stored.
 //
 //   producer warp 0: draws tiles; TMA of weights, 128 bytes of K a stage, 128-byte swizzle
-//   producer warps 1 to kTokenWarps: TMA of tokens, and for float8 products of the float32 scales (any strides)
+//   producer warps 1 to kTokenWarps: TMA of tokens (or gather_sm90.cuh, split_sm90.cuh), and for float8 products of the float32 scales (any
+//   strides)
 //   1 or 2 consumer warpgroups: wgmma, promotion (float8), epilogue
 //
 // Narrow tiles (8 to 64 tokens): weight rows are wgmma's 64-row operand and tokens its N operand ("swap A/B"), so that
@@ -17,7 +18,7 @@
 // meet in one thread, because a warpgroup computes one wave of gate rows and one of up rows (Mode::gated).
 //
 // Two GEMMs in one launch: tiles of GEMM2 are drawn after all of GEMM1, and wait until the act of their tokens is complete
-// (`ready`). Their weights do not wait: the pipeline fills with them while GEMM1 ends. Every tile is drawn by a thread block
+// (`ready`; split: gate_up itself says so). Their weights do not wait: the pipeline fills with them while GEMM1 ends. Every tile is drawn by a thread block
 // that runs, and GEMM1 never waits, so this cannot deadlock, however few thread blocks are resident.
 //
 // float8: the wgmma sum of each 128-K block is scaled by a_scale * b_scale and added to float32 registers in K order.
