@@ -18,8 +18,8 @@
 // meet in one thread, because a warpgroup computes one wave of gate rows and one of up rows (Mode::gated).
 //
 // Two GEMMs in one launch: tiles of GEMM2 are drawn after all of GEMM1, and wait until the act of their tokens is complete
-// (`ready`; split: gate_up itself says so). Their weights do not wait: the pipeline fills with them while GEMM1 ends. Every tile is drawn by a thread block
-// that runs, and GEMM1 never waits, so this cannot deadlock, however few thread blocks are resident.
+// (`ready`; split: gate_up itself says so). Their weights do not wait: the pipeline fills with them while GEMM1 ends. Every tile
+// is drawn by a thread block that runs, and GEMM1 never waits, so this cannot deadlock, however few thread blocks are resident.
 //
 // float8: the wgmma sum of each 128-K block is scaled by a_scale * b_scale and added to float32 registers in K order.
 // The order of every sum depends on K alone, so a token's result is the same bits in every tile shape and batch.

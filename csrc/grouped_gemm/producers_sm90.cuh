@@ -71,9 +71,9 @@ __device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
 
 // Warp 0: draws tiles, tells the other warps, and fills the stages with weights. What comes next is drawn before the current tile is
 // loaded, so the counter's latency is hidden. `drawn` is lane 0's first tile. Split: the second one is drawn once the first is loaded and all
-// thread blocks have theirs, because some start later, and tiles are few and long (4 tokens of DeepSeek-V3 TP8: 64 us if not, 55 so). GEMM2's tiles are
-// taken several neighbours at a time, because finding a tile is more work than loading a short one. They are drawn, too, if thread blocks
-// differ in how much of GEMM1 they had; where that cannot be, or tiles are few, every thread block gets as many.
+// thread blocks have theirs, because some start later, and tiles are few and long (4 tokens of DeepSeek-V3 TP8: 64 us if not, 55 so).
+// GEMM2's tiles are taken several neighbours at a time, because finding a tile is more work than loading a short one. They are drawn, too, if
+// thread blocks differ in how much of GEMM1 they had; where that cannot be, or tiles are few, every thread block gets as many.
 template <class C>
 __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t drawn) {
   TileFinder<C> finder(p, smem);
