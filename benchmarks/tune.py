@@ -102,16 +102,7 @@ class Constants:
     split_rows: float = threshold("split up to this many rows an expert,", 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8)
     split_rounds: float = threshold(
         "and if the GEMM with fewer tiles of 256 rows has fewer than this many an SM;",
-        0.25,
-        0.5,
-        1,
-        1.5,
-        2,
-        2.5,
-        3,
-        4,
-        6,
-        8,
+        *(0.25, 0.5, 1, 1.5, 2, 2.5, 3, 4, 6, 8),
     )
     split64_rounds: float = threshold(
         "of 64 rows if GEMM1 has fewer than this many tiles of 128 rows an SM", 0, 0.25, 0.4, 0.5, 0.75, 1, 1.5, 2, 4

@@ -66,6 +66,11 @@ def with_ids(call: Call, topk_ids: Tensor, **changes: object) -> Call:
     return call.but(*call.args[:4], topk_ids.int(), **changes)
 
 
+def with_tactic(call: Call, tactic: str) -> Tensor:
+    poison_free_memory()
+    return call(lambda *args, **options: torch.ops.moe.fused_moe_with_tactic(tactic, *args, **options))
+
+
 def poison_free_memory() -> None:
     """What torch.empty returns next holds NaN: results may not depend on rows that nobody wrote."""
     if DEVICE == "cuda":

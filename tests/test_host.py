@@ -172,3 +172,13 @@ def test_device_code_rounds_every_bf16_as_the_reference() -> None:
         small = every[(every.abs() <= 6.0)]
         check_block(name, [6.0, *small.tolist()], 1.0)
         check_block(name, [448.0, *small.tolist()], 1.0)
+
+
+def test_fp8_block_scale_is_the_quotient() -> None:
+    """Every mantissa, between the ends of the range, and amax that are clamped: the bits of a division."""
+    ends = [0.0, 1e-30, 1e-10, 3.4028234663852886e38, math.inf]
+    for first in (2.0**-33, 1.0, 2.0**126):
+        amax = torch.arange(1 << 23, dtype=torch.int32).add_(torch.tensor(first).view(torch.int32)).view(torch.float32)
+        amax = torch.cat([amax, torch.tensor(ends)])
+        got = torch.frombuffer(bytearray(host.fp8_block_scales(amax.numpy().tobytes())), dtype=torch.float32)
+        assert torch.equal(got, amax.clamp(1e-10, torch.finfo(torch.float32).max) / 448)

@@ -1,6 +1,7 @@
 // Narrow epilogue of the SM90 grouped GEMM: wave w of a warpgroup is [64 weight rows, kTokens]. Stores go through shared
 // memory, transposed, so that each token gets 128 contiguous bytes.
 #pragma once
+#include "common/quantize.cuh"
 #include "grouped_gemm/mainloop_sm90.cuh"
 
 namespace moe::sm90 {
@@ -38,15 +39,6 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t m0, ui
 
 // Staging is [tokens][8 chunks of 16 bytes], chunk c of token t at c ^ (t % 8): no bank conflicts on either side.
 __device__ __forceinline__ uint32_t staged(int token, int chunk) { return token * 128 + (chunk ^ (token % 8)) * 16; }
-
-// amax / 448, rounded once: a quotient's residual is exact, and corrects it (Markstein). Three instructions; the bits of __fdiv_rn() for every
-// float in the range.
-__device__ __forceinline__ float quantisation_scale(float amax) {
-  constexpr float kReciprocal = 1.f / 448.f;
-  amax = fminf(fmaxf(amax, 1e-10f), 3.402823466e+38f);
-  const float quotient = __fmul_rn(amax, kReciprocal);
-  return __fmaf_rn(__fmaf_rn(-quotient, 448.f, amax), kReciprocal, quotient);
-}
 
 template <class C, int kTokens>
 struct NarrowEpilogue {
@@ -134,7 +126,7 @@ struct NarrowEpilogue {
     });
   }
 
-  // act of 128 channels (wave 0), requantised: scale[token] = quantisation_scale(amax over the channels).
+  // act of 128 channels (wave 0), requantised: scale[token] = fp8_block_scale(amax over the channels).
   __device__ void store_quantized() {
     uint8_t* staging = smem.staging_ptr;
     float* amax = reinterpret_cast<float*>(staging + 64 * 128);  // [8 warps][kTokens]
@@ -153,7 +145,7 @@ struct NarrowEpilogue {
     for (int t = threadIdx.x; t < kTokens; t += C::kConsumers) {
       float m = amax[t];
       for (int w = 1; w < 8; ++w) m = fmaxf(m, amax[w * kTokens + t]);
-      const float scale = quantisation_scale(m);
+      const float scale = fp8_block_scale(m);
       inverse[t] = __fdiv_rn(1.f, scale);
       if (t < tile.valid_tokens)
         p.act_scale[int64_t(tile.token + t) * p.act_scale_stride_row + (tile.row / 128) * p.act_scale_stride_k] = scale;

@@ -87,7 +87,7 @@ struct WideEpilogue {
         if (i / 2 % 2 == half && 8 * (i / 4) < channels) m = fmaxf(m, fabsf(total[i]));
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
       m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-      const float scale = quantisation_scale(m);
+      const float scale = fp8_block_scale(m);
       inverse[half] = __fdiv_rn(1.f, scale);
       if (lane % 4 == 0 && token_of(half) < tile.valid_tokens)
         p.act_scale[int64_t(tile.token + token_of(half)) * p.act_scale_stride_row + (tile.row / 128) * p.act_scale_stride_k] = scale;

@@ -120,7 +120,7 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
         for (int kb = threadIdx.x & 31; kb < g.k_blocks; kb += kLanes)
           asm volatile("prefetch.global.L2 [%0];" ::"l"(weight_scales<C>(p, tile, w) + kb * g.b_scale.stride_k));
     if constexpr (C::kPacked) load_packed<C>(p, smem, tile, pipe);
-    for (int kb = 0; !C::kPacked && leader && kb < g.k_stages; ++kb, pipe.advance()) {  // `pipe` is the leader's, who alone waits and copies
+    else for (int kb = 0; leader && kb < g.k_stages; ++kb, pipe.advance()) {  // `pipe` is the leader's, who alone waits and copies
       smem.empty[pipe.stage].wait(pipe.phase ^ 1);
       Barrier& full = smem.full[pipe.stage];
       full.arrive_and_expect_tx(C::kWeightBytes);

@@ -115,7 +115,7 @@ struct SplitTokens {
     if constexpr (C::kFloat8) {
       const float mine = fmaxf(fmaxf(fabsf(y[0]), fabsf(y[1])), fmaxf(fabsf(y[2]), fabsf(y[3])));  // fmaxf ignores NaN, as the contract says
       const float amax = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(mine)));
-      const float scale = quantisation_scale(amax), inverse = __frcp_rn(scale);
+      const float scale = fp8_block_scale(amax), inverse = __frcp_rn(scale);
       auto pair = [&](float a, float b) {
         return uint32_t(__nv_cvt_float2_to_fp8x2(make_float2(__fmul_rn(a, inverse), __fmul_rn(b, inverse)), __NV_SATFINITE, __NV_E4M3));
       };

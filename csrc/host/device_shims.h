@@ -16,6 +16,7 @@ inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 
 // Ties to even; NaN gives 0, and what does not fit saturates.
 inline int __float2int_rn(float x) {

@@ -6,6 +6,7 @@
 //   pack_scale(layout, scale, rows, columns, expert_offsets)      what each thread of the CUDA kernels does, one by one;
 //   unpack_scale(layout, packed, rows, columns, expert_offsets)   layout by its number, expert_offsets may be empty
 //   quantize_block(format, x, global_scale)      common/quantize.cuh: float32 [n] -> (value bytes, stored scale)
+//   fp8_block_scales(amax)                       common/quantize.cuh: float32 [n] -> float32 [n]
 //   choose_tactic(facts), possible_tactics(facts)  grouped_gemm/tactics_sm90.h: facts as (elements by number, num_rows,
 //                                                  num_experts, hidden_size, intermediate_size, num_sms, can_gather, can_split,
 //                                                  local_share)
@@ -149,6 +150,13 @@ std::pair<py::bytes, uint32_t> quantize_block(const std::string& format, const s
   throw py::value_error("quantize_block: format: expected a quantised format, got " + format);
 }
 
+py::bytes fp8_block_scales(const std::string& amax) {
+  std::vector<float> scales(amax.size() / sizeof(float));
+  std::copy_n(amax.data(), scales.size() * sizeof(float), reinterpret_cast<char*>(scales.data()));
+  for (float& x : scales) x = moe::fp8_block_scale(x);
+  return to_bytes(scales);
+}
+
 using Facts = std::tuple<int, int64_t, int32_t, int64_t, int64_t, int32_t, bool, bool, double>;
 
 moe::sm90::LayerFacts layer_facts(const Facts& facts) {
@@ -175,6 +183,7 @@ PYBIND11_MODULE(_host, module) {
   module.def("pack_scale", &move_scales<true>, "layout"_a, "scale"_a, "rows"_a, "columns"_a, "expert_offsets"_a);
   module.def("unpack_scale", &move_scales<false>, "layout"_a, "packed"_a, "rows"_a, "columns"_a, "expert_offsets"_a);
   module.def("quantize_block", &quantize_block, "format"_a, "x"_a, "global_scale"_a = 1.f);
+  module.def("fp8_block_scales", &fp8_block_scales, "amax"_a);
   module.def("choose_tactic", &choose_tactic, "facts"_a);
   module.def("possible_tactics", &possible_tactics, "facts"_a);
   bind_block_scaled(module);

@@ -7,25 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_layers import DEVICE, LAYER, PACKED, W4A8, layer, needs_packing, poison_free_memory, why_not, with_ids
+import tune
+from gpu_layers import DEVICE, LAYER, W4A8, layer, needs_packing, with_ids, with_tactic
 from moe_cases import Call
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SPLIT = ("split64", "split128")
-MOST_SLOTS = 384
+MOST_SLOTS = tune.MAX_SPLIT_SLOTS
 NUM_EXPERTS, TOP_K = LAYER["num_experts"], LAYER["top_k"]
-
-
-@pytest.fixture(params=("bf16", "fp16", "fp8_block", *PACKED, W4A8))
-def format(request: pytest.FixtureRequest) -> str:
-    if reason := why_not("cutlass_sm90"):
-        pytest.skip(f"cutlass_sm90: {reason}")
-    return request.param
-
-
-def with_tactic(call: Call, tactic: str) -> torch.Tensor:
-    poison_free_memory()
-    return call(lambda *args, **options: torch.ops.moe.fused_moe_with_tactic(tactic, *args, **options))
 
 
 def compare(call: Call) -> torch.Tensor:
@@ -63,32 +52,32 @@ def routing(name: str, num_tokens: int) -> torch.Tensor:
         "nobody is here",
     ],
 )
-def test_routings(format: str, num_tokens: int, name: str) -> None:
-    output = compare(with_ids(layer(format, num_tokens), routing(name, num_tokens)))
+def test_routings(sm90_product: str, num_tokens: int, name: str) -> None:
+    output = compare(with_ids(layer(sm90_product, num_tokens), routing(name, num_tokens)))
     assert output.isfinite().all()
 
 
-def test_expert_map(format: str) -> None:
+def test_expert_map(sm90_product: str) -> None:
     """A third of the experts is here, in another order."""
     here = torch.arange(0, 3 * NUM_EXPERTS, 3, device=DEVICE).flip(0)
     expert_map = torch.full((3 * NUM_EXPERTS,), -1, dtype=torch.int32, device=DEVICE)
     expert_map[here] = torch.arange(NUM_EXPERTS, dtype=torch.int32, device=DEVICE)
-    call = layer(format, 16)
+    call = layer(sm90_product, 16)
     ids = torch.rand((16, 3 * NUM_EXPERTS), device=DEVICE).argsort(1)[:, :TOP_K]
     compare(with_ids(call, ids, expert_map=expert_map))
 
 
 @pytest.mark.parametrize("sizes", [(1024, 512), (7168, 256), (256, 2048), (1040, 352)])
-def test_sizes(format: str, sizes: tuple[int, int]) -> None:
+def test_sizes(sm90_product: str, sizes: tuple[int, int]) -> None:
     """Long and short K, and K that ends inside a block."""
-    if sizes == (1040, 352) and needs_packing(format):
+    if sizes == (1040, 352) and needs_packing(sm90_product):
         pytest.skip("packed weights come in blocks of 64")
-    compare(layer(format, 7, hidden_size=sizes[0], intermediate_size=sizes[1]))
+    compare(layer(sm90_product, 7, hidden_size=sizes[0], intermediate_size=sizes[1]))
 
 
-def test_zeros_are_not_waited_for(format: str) -> None:
+def test_zeros_are_not_waited_for(sm90_product: str) -> None:
     """gate_up of a token of zeros is 0, as gate_up is before it is there; so is half of it, or all, for others."""
-    call = layer(format, 6)
+    call = layer(sm90_product, 6)
     x = call.args[0].clone()
     x[::2] = 0
     x[1, : x.shape[1] // 2] = 0
@@ -97,8 +86,8 @@ def test_zeros_are_not_waited_for(format: str) -> None:
     compare(call.but(torch.zeros_like(x)))
 
 
-def test_nan_and_infinity(format: str) -> None:
-    call = layer(format, 6)
+def test_nan_and_infinity(sm90_product: str) -> None:
+    call = layer(sm90_product, 6)
     x = call.args[0].clone()
     x[0, 3], x[1, 5], x[2] = float("nan"), float("inf"), float("-inf")
     output = compare(call.but(x))
@@ -117,30 +106,30 @@ def test_nan_and_infinity(format: str) -> None:
     ],
     ids=lambda options: options.get("activation", "alpha" if "alpha" in options else "up_gate"),
 )
-def test_activations(format: str, options: dict[str, object]) -> None:
-    compare(layer(format, 9, **options))
+def test_activations(sm90_product: str, options: dict[str, object]) -> None:
+    compare(layer(sm90_product, 9, **options))
 
 
-def test_router_weight_on_input(format: str) -> None:
-    compare(layer(format, 9, top_k=1, apply_router_weight_on_input=True))
+def test_router_weight_on_input(sm90_product: str) -> None:
+    compare(layer(sm90_product, 9, top_k=1, apply_router_weight_on_input=True))
 
 
-def test_hidden_states_of_the_other_type(format: str) -> None:
-    if format not in ("fp8_block", W4A8):
+def test_hidden_states_of_the_other_type(sm90_product: str) -> None:
+    if sm90_product not in ("fp8_block", W4A8):
         pytest.skip("16-bit tokens are multiplied as they are")
-    compare(layer(format, 9, dtype=torch.float16))
+    compare(layer(sm90_product, 9, dtype=torch.float16))
 
 
-def test_one_slot_more_is_too_many(format: str) -> None:
-    call = layer(format, MOST_SLOTS + 1, top_k=1)
+def test_one_slot_more_is_too_many(sm90_product: str) -> None:
+    call = layer(sm90_product, MOST_SLOTS + 1, top_k=1)
     with pytest.raises(RuntimeError, match="fused_moe: tactic: expected one of gated[^\n]*, got split64$"):
         with_tactic(call, "split64")
-    compare(layer(format, MOST_SLOTS, top_k=1))
+    compare(layer(sm90_product, MOST_SLOTS, top_k=1))
 
 
-def test_again_and_again_in_a_graph(format: str) -> None:
+def test_again_and_again_in_a_graph(sm90_product: str) -> None:
     """Two calls in turn use the same memory: what one left there may not be taken for the other's."""
-    calls = [layer(format, num_tokens, seed=num_tokens) for num_tokens in (3, 8)]
+    calls = [layer(sm90_product, num_tokens, seed=num_tokens) for num_tokens in (3, 8)]
     expected = [with_tactic(call, "gated64") for call in calls]
     graph, outputs = torch.cuda.CUDAGraph(), []
     with torch.cuda.graph(graph):

@@ -6,43 +6,30 @@ import re
 
 import pytest
 import torch
-from gpu_layers import PACKED, W4A8, layer, overload, poison_free_memory, why_not
-from moe_cases import Call
+from gpu_layers import PACKED, W4A8, layer, overload, with_tactic
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 TILES = ("split64", "split128", "gated64", "gated128", "gathered128")
 
 
-@pytest.fixture(params=("bf16", "fp16", "fp8_block", *PACKED, W4A8))
-def format(request: pytest.FixtureRequest) -> str:
-    if reason := why_not("cutlass_sm90"):
-        pytest.skip(f"cutlass_sm90: {reason}")
-    return request.param
-
-
-def with_tactic(call: Call, tactic: str) -> torch.Tensor:
-    return call(lambda *args, **options: torch.ops.moe.fused_moe_with_tactic(tactic, *args, **options))
-
-
 @pytest.mark.parametrize("num_tokens", [1, 33, 700])
-def test_the_same_bits(format: str, num_tokens: int) -> None:
-    call = layer(format, num_tokens)
+def test_the_same_bits(sm90_product: str, num_tokens: int) -> None:
+    call = layer(sm90_product, num_tokens)
     expected = call(overload("cutlass_sm90"))
-    tiles = TILES[:3] if format == W4A8 else (*TILES, "gated32") if format in PACKED else TILES
+    tiles = TILES[:3] if sm90_product == W4A8 else (*TILES, "gated32") if sm90_product in PACKED else TILES
     if num_tokens == 700:  # too many slots for split tiles
         tiles = tiles[2:]
     alone = [f"{name}+gemm2" for name in tiles if not name.startswith("split")]
     for tactic in ("", *tiles, *alone):
-        poison_free_memory()
         assert torch.equal(with_tactic(call, tactic), expected), tactic
 
 
 @pytest.mark.parametrize("tactic", ["split64+gemm2", "gated256", "gated32"])
-def test_impossible_tactics_are_refused(format: str, tactic: str) -> None:
-    if tactic == "gated32" and format in PACKED:
+def test_impossible_tactics_are_refused(sm90_product: str, tactic: str) -> None:
+    if tactic == "gated32" and sm90_product in PACKED:
         return
-    possible = "split64, split128, gated32, gated32" if format in PACKED else "split64, split128, gated64"
-    last = "gated64" if format == W4A8 else "gathered128"
+    possible = "split64, split128, gated32, gated32" if sm90_product in PACKED else "split64, split128, gated64"
+    last = "gated64" if sm90_product == W4A8 else "gathered128"
     message = rf"fused_moe: tactic: expected one of {possible}[^\n]*{last}\+gemm2, got {re.escape(tactic)}$"
     with pytest.raises(RuntimeError, match=message):
-        with_tactic(layer(format, 8), tactic)
+        with_tactic(layer(sm90_product, 8), tactic)
