@@ -54,6 +54,8 @@ LAYERS = (  # experts, hidden, intermediate, top_k
     (256, 3584, 256, 8),
     (128, 7168, 384, 8),
     (12, 3584, 14336, 2),
+    (8, 6144, 16384, 2),
+    (6, 5120, 12288, 3),
 )
 TOKENS = (1, 4, 16, 48, 160, 512, 1536, 5120)
 HYSTERESIS = 1.0025  # the mean over 64 points of timings that repeat to 1 % is known to about 0.1 %
@@ -76,6 +78,7 @@ class Facts:
     can_gather: bool = True
     can_split: bool = True
     local_share: float = 1.0
+    rounds_acts: bool = False
 
     @property
     def expected_rows(self) -> float:
@@ -170,7 +173,7 @@ def choose_tactic(facts: Facts, constants: Constants) -> str:
 
 def most_tokens(facts: Facts) -> int:
     """Of a tile."""
-    return 64 if facts.elements == "packed_float8" else 128
+    return 64 if facts.elements == "packed_float8" or facts.rounds_acts else 128
 
 
 def possible_tiles(facts: Facts) -> dict[str, int]:

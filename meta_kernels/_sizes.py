@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..activations import get_activation
 from ..formats import Format, get_format
+from ..packed_weights import ROUNDED_ACTS
 
 # Float32 scales of (1, 128) blocks lie MN-major, each column starting on 16 bytes, as TMA and 16-byte loads want it.
 MN_MAJOR_ALIGNMENT = 4
@@ -68,21 +69,24 @@ def workspace_bytes(
     """Bytes of all intermediates of one `fused_moe` call: a pure function of shapes.
 
     They are the results of sort_slots, permute, grouped_gemm, act_mul and grouped_gemm, all alive at once, with gate_up
-    in float32: no backend keeps more, and one that fuses stages keeps less. Not counted are the inputs, the output
-    [T, H] and the kernels' scratch memory, which is a few KiB plus a few bytes a slot.
+    in float32: no backend keeps more, and one that fuses stages keeps less. Where weights that can be packed (nvfp4,
+    mxfp4, mxfp8) meet quantised activations, their values count as bf16, which packed weights are multiplied by. Not
+    counted are the inputs, the output [T, H] and the kernels' scratch memory: a few KiB plus a few bytes a slot.
     """
     fmt = get_format("workspace_bytes", act_format or format)
+    value_bits = 16 if fmt.name in ROUNDED_ACTS.get(format, ()) else 8 * fmt.dtype.itemsize // fmt.pack
     gate_up_columns = intermediate_size * (2 if get_activation("workspace_bytes", activation).gated else 1)
     slots = num_tokens * top_k
     rows = max_rows(slots, num_experts, alignment)
     maps = 4 * (num_experts + 1 + slots + rows)  # expert_offsets, slot_to_row, row_to_slot
     gate_up, expert_out = 4 * rows * gate_up_columns, 2 * rows * hidden_size
-    return maps + gate_up + expert_out + _act_bytes(fmt, rows, hidden_size) + _act_bytes(fmt, rows, intermediate_size)
+    acts = (_act_bytes(fmt, value_bits, rows, k) for k in (hidden_size, intermediate_size))
+    return maps + gate_up + expert_out + sum(acts)
 
 
-def _act_bytes(format: Format, rows: int, k: int) -> int:
+def _act_bytes(format: Format, value_bits: int, rows: int, k: int) -> int:
     """Bytes of quantised activations [rows, k] and of their scale as `empty_act_scale` lays it out."""
     scale_rows, scale_columns = format.act_scale_shape(rows, k)
     if is_mn_major(format):
         scale_rows = round_up(scale_rows, MN_MAJOR_ALIGNMENT)
-    return rows * (k // format.pack) * format.dtype.itemsize + scale_rows * scale_columns * format.scale_dtype.itemsize
+    return rows * k * value_bits // 8 + scale_rows * scale_columns * format.scale_dtype.itemsize

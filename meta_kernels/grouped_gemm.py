@@ -23,7 +23,7 @@ from .pack_scale import check_packed
 from .quantize import check_global_scale
 
 # Other than the format of the weights itself.
-EIGHT_BIT_ACTS = {"mxfp4": ["mxfp8", "fp8_block"], "nvfp4": ["fp8_block"]}
+EIGHT_BIT_ACTS = {"mxfp4": ["mxfp8", "fp8_block", "fp8_block_e8m0"], "nvfp4": ["fp8_block", "fp8_block_e8m0"]}
 
 
 def check(

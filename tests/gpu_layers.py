@@ -13,6 +13,10 @@ DEVICE = "cuda"
 # activations.
 PACKED = ("nvfp4", "mxfp4", "mxfp8")
 W4A8 = "mxfp4 x fp8_block"
+# Activations that are quantised and multiplied as the bf16 numbers they stand for (test_rounded_acts.py has all).
+W4A4, MXFP4_MXFP8 = "nvfp4 x nvfp4", "mxfp4 x mxfp8"
+ROUNDED = (W4A4, MXFP4_MXFP8)
+BF16_LAYOUT = (*PACKED, *ROUNDED)
 # cutlass_sm90 takes split tiles up to about a dozen tokens; then gated tiles. From 385 tokens on GEMM1 gathers its
 # tokens. (test_tactics.py names every tactic.)
 LAYER = {"hidden_size": 1024, "intermediate_size": 512, "num_experts": 64, "top_k": 8}
@@ -28,7 +32,7 @@ def overload(backend: str) -> torch._ops.OpOverload:
 
 
 def needs_packing(product: str) -> bool:
-    return product in PACKED or product == W4A8
+    return product in PACKED or " x " in product
 
 
 def formats_of(product: str) -> dict[str, str]:
@@ -39,7 +43,7 @@ def formats_of(product: str) -> dict[str, str]:
 
 def product_of(call: Call) -> str:
     format, act_format = call.options["format"], call.options["act_format"]
-    return f"{format} x {act_format}" if act_format == "fp8_block" else format
+    return format if act_format in ("", "bf16", "fp16") else f"{format} x {act_format}"
 
 
 def layer(product: str, num_tokens: int, **changes: object) -> Call:
@@ -49,7 +53,7 @@ def layer(product: str, num_tokens: int, **changes: object) -> Call:
 
 def packed(call: Call) -> Call:
     x, w13, w2, *routing = call.args
-    weights, act_format = {"w13": w13, "w2": w2}, call.options["act_format"]
+    weights, act_format = {"w13": w13, "w2": w2}, "fp8_block" if product_of(call) == W4A8 else "bf16"
     for name, weight in weights.items():
         scale = call.options[f"{name}_scale"]
         weights[name] = moe.pack_weight(weight, scale, call.options["format"], act_format=act_format)

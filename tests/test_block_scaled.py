@@ -286,11 +286,11 @@ def test_s4_3_one_scale_format_in_an_mma() -> None:
     assert_expected_inline(
         "\n".join(lines),
         """\
-grouped_gemm: act_format: expected nvfp4 or bf16 or fp16 or fp8_block for nvfp4 weights, got mxfp4
-grouped_gemm: act_format: expected mxfp4 or bf16 or fp16 or mxfp8 or fp8_block for mxfp4 weights, got nvfp4
+grouped_gemm: act_format: expected nvfp4 or bf16 or fp16 or fp8_block or fp8_block_e8m0 for nvfp4 weights, got mxfp4
+grouped_gemm: act_format: expected mxfp4 or bf16 or fp16 or mxfp8 or fp8_block or fp8_block_e8m0 for mxfp4 weights, got nvfp4
 grouped_gemm: a_scale: expected float8_e4m3fn [40, 28] on cpu, got float8_e8m0fnu [40, 28] on cpu
 grouped_gemm: a_scale: expected float8_e4m3fn [40, 28] on cpu, got float8_e8m0fnu [40, 14] on cpu
-grouped_gemm: b_scale: expected float8_e4m3fn [1, 130, 28] on cpu, got float8_e8m0fnu [1, 130, 28] on cpu""",
+grouped_gemm: b_scale: expected float8_e4m3fn [1, 130, 28] on cpu, got float8_e8m0fnu [1, 130, 28] on cpu""",  # noqa: E501
     )
 
 

@@ -54,6 +54,7 @@ def layers(draw: st.DrawFn) -> tune.Facts:
         draw(st.sampled_from([NUM_SMS, 114, 78, 16])),
         *(draw(st.booleans()) for _ in range(2)),
         draw(st.sampled_from([1.0, 0.125, 1 / 3])),
+        draw(st.booleans()),
     )
 
 

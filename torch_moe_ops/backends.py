@@ -19,7 +19,7 @@ import torch
 
 from .activations import get_activation
 from .formats import FORMATS, get_format
-from .packed_weights import BLOCK, BLOCK_BYTES, PACKABLE
+from .packed_weights import BLOCK, BLOCK_BYTES, PACKABLE, ROUNDED_ACTS
 
 STAGE = ("cuda", "triton", "reference")
 CANDIDATES: dict[str, tuple[str, ...]] = {
@@ -49,7 +49,10 @@ GEMM_FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     | {"mxfp4": ("mxfp4", "mxfp8")},
     "triton": {format: (format,) for format in ("bf16", "fp16")}
     | {format: (format, "bf16", "fp16") for format in ("int8", "fp8_block", "fp8_block_e8m0", "mxfp8")}
-    | {"mxfp4": ("mxfp4", "mxfp8", "fp8_block", "bf16", "fp16"), "nvfp4": ("nvfp4", "fp8_block", "bf16", "fp16")},
+    | {
+        "mxfp4": ("mxfp4", "mxfp8", "fp8_block", "fp8_block_e8m0", "bf16", "fp16"),
+        "nvfp4": ("nvfp4", "fp8_block", "fp8_block_e8m0", "bf16", "fp16"),
+    },
 }
 # What K, and N within a part, of each of an op's GEMMs are called in its documentation.
 K_AND_N = {
@@ -120,6 +123,7 @@ class Explanation:
             else:
                 says = "yes" if verdict.backend == self.backend else f"yes, after {self.backend}"
                 says += " (compiled, inspected, not executed)" * (verdict.backend in NOT_EXECUTED)
+                says += " (quantises activations, multiplies them as bf16)" * _rounds_acts(p, verdict.backend)
             lines.append(f"  {verdict.backend:<14}{says}")
         return "\n".join(lines)
 
@@ -219,21 +223,32 @@ def _at_most(what: str, value: int | None, limit: int) -> str | None:
 
 
 def _needs_format(p: Problem, backend: str) -> str | None:
-    return _refuses_formats(backend, p.format, p.act_format, p.packed) if p.op in GEMM_OPS else None
+    return _refuses_formats(p.op, backend, p.format, p.act_format, p.packed) if p.op in GEMM_OPS else None
 
 
-def _refuses_formats(backend: str, format: str, act_format: str, packed: bool) -> str | None:
+def _refuses_formats(op: str, backend: str, format: str, act_format: str, packed: bool) -> str | None:
     formats, act_format = GEMM_FORMATS[backend], act_format or format
     if format not in formats:
         return f"multiplies {', '.join(formats)}, got {format}"
-    if act_format not in formats[format]:
-        return f"multiplies {format} weights by {' or '.join(formats[format])} activations, got {act_format}"
+    acts = formats[format] + _rounded_acts(op, backend, format)
+    if act_format not in acts:
+        return f"multiplies {format} weights by {' or '.join(acts)} activations, got {act_format}"
     needs_packed = backend == "cutlass_sm90" and format in PACKABLE
     if packed != needs_packed:
-        option = "" if act_format == "bf16" else f'(..., act_format="{act_format}")'
+        has_layout = act_format != "bf16" and act_format in BLOCK_BYTES.get(format, {})
+        option = f'(..., act_format="{act_format}")' if has_layout else ""
         needed = f"packed by pack_weight{option}" if needs_packed else "as they are stored, got packed ones"
         return f"needs weights {needed}"
     return None
+
+
+def _rounded_acts(op: str, backend: str, format: str) -> tuple[str, ...]:
+    """The activations that are quantised and multiplied as what they stand for, at the rate of bf16."""
+    return ROUNDED_ACTS.get(format, ()) if (op, backend) == ("fused_moe", "cutlass_sm90") else ()
+
+
+def _rounds_acts(p: Problem, backend: str) -> bool:
+    return (p.act_format or p.format) in _rounded_acts(p.op, backend, p.format)
 
 
 def _needs_aligned_rows(p: Problem, within_parts: bool = False) -> str | None:
@@ -292,7 +307,7 @@ def select(problem: Problem) -> str:
 
 def expect_formats(op: str, backend: str, format: str, act_format: str, packed: bool) -> None:
     """Refuses what a backend of a GEMM does not multiply, where it is called by name."""
-    if reason := _refuses_formats(backend, format, act_format, packed):
+    if reason := _refuses_formats(op, backend, format, act_format, packed):
         raise RuntimeError(f"{op}: backend: expected one that can run this problem, got {backend} ({reason})")
 
 
@@ -363,13 +378,19 @@ def explain(
 def explain_choices(format: str, act_formats: Sequence[str], **facts: object) -> list[Explanation]:
     """What each kind of activations gives, for weights as they are stored and packed, up to the choice.
 
-    `act_formats`: the best first. The choice is the first that runs on kernels made for the device, the portable ones
-    come after: where a CUDA kernel takes other activations, Triton does not emulate the format.
+    `act_formats`: the best first. The choice is the first that runs on kernels made for the device and for these
+    activations. Then come kernels made for the device that quantise activations and multiply them as bf16, and Triton's
+    last: where a CUDA kernel takes other activations as they are, no format is emulated.
     """
     packings = (False, True) if format in PACKABLE else (False,)
     explanations = [
         explain(format=format, act_format=act_format, packed=packed, **facts)
         for act_format, packed in product(act_formats, packings)
     ]
-    choice = min(explanations, key=lambda answer: (answer.backend is None, answer.backend == "triton"))
+
+    def rank(answer: Explanation) -> tuple[bool, bool, bool]:
+        name = answer.backend
+        return name is None, name == "triton", name is not None and _rounds_acts(answer.problem, name)
+
+    choice = min(explanations, key=rank)
     return explanations if choice.backend is None else explanations[: explanations.index(choice) + 1]

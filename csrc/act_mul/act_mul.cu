@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerSm / kThreads)
     for (int i = 0; i < kPairs; ++i, place.advance(stride, row_chunks)) {
       float y[kSize];
       activate_pair(args, pairs[i], y);
-      const float global_scale = kFormat == Format::nvfp4 ? global_scale_of_row(args.global_scale, place.row) : 1.f;
+      const float global_scale = rounded_to(kFormat) == Format::nvfp4 ? global_scale_of_row(args.global_scale, place.row) : 1.f;
       const QuantizedChunk<kFormat, kSize> quantized = quantize_chunk<kFormat>(y, global_scale);
       if (place.row < rows) store_chunk<kFormat>(args.out, place.row, place.chunk, quantized, vectorized);
     }
@@ -154,11 +154,12 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerSm / kThreads) act_mul_in
   }
 }
 
-// bf16 and fp16 hold their own dtype, and what is still float32.
+// bf16 and fp16 hold their own dtype, and what is still float32; what is rounded comes from a GEMM, in float32.
 template <typename T, Format kFormat>
-constexpr bool kCanHold = kFormat == Format::bf16   ? !std::is_same_v<T, __half>
-                          : kFormat == Format::fp16 ? !std::is_same_v<T, __nv_bfloat16>
-                                                    : true;
+constexpr bool kCanHold = kFormat == Format::bf16      ? !std::is_same_v<T, __half>
+                          : kFormat == Format::fp16    ? !std::is_same_v<T, __nv_bfloat16>
+                          : is_rounded(kFormat) ? std::is_same_v<T, float>
+                                                       : true;
 
 template <typename T, Format kFormat>
 cudaError_t launch_act_mul(const ActMulArgs& args, bool vectorized, cudaStream_t stream) {
@@ -187,10 +188,11 @@ cudaError_t act_mul(const ActMulArgs& args, cudaStream_t stream) {
   if (args.num_rows == 0 || args.out.k == 0) return cudaSuccess;
   const bool vectorized = args.out.k % kChunk == 0 && aligned_16(args.gate_up) && aligned_16(args.out.values);
   return dispatch_dtype(args.dtype, [&]<typename T>() {
-    return dispatch_format(args.format, [&]<Format kFormat>() {
+    auto run = [&]<Format kFormat>() {
       if constexpr (kCanHold<T, kFormat>) return launch_act_mul<T, kFormat>(args, vectorized, stream);
       return cudaErrorInvalidValue;
-    });
+    };
+    return is_rounded(args.format) ? dispatch_rounded(args.format, run) : dispatch_format(args.format, run);
   });
 }
 

@@ -17,7 +17,7 @@ struct ActMulArgs {
   GateUpLayout layout = GateUpLayout::gate_up;
   Format format = Format::bf16;
   QuantizedMatrix out;       // [num_rows, out.k]
-  GlobalScale global_scale;  // nvfp4 only
+  GlobalScale global_scale;  // of nvfp4, and of as_nvfp4, which leaves it out of its numbers
 };
 
 cudaError_t act_mul(const ActMulArgs& args, cudaStream_t stream);

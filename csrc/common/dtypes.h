@@ -66,6 +66,8 @@ __host__ __device__ __forceinline__ uint32_t encode_e8m0(uint32_t float_bits) {
   return byte < 254u ? byte : 254u;
 }
 
+__device__ __forceinline__ float decode_e8m0(uint32_t byte) { return __uint_as_float(byte == 0 ? 0x00400000u : byte << 23); }
+
 // Bits of 1 / 2^(byte - 127), byte <= 254; the last one is a denormal.
 __host__ __device__ __forceinline__ uint32_t e8m0_inverse_bits(uint32_t byte) {
   return byte == 254u ? 0x00400000u : (254u - byte) << 23;
@@ -82,6 +84,17 @@ __device__ __forceinline__ uint32_t encode_e2m1(float x) {
   const uint32_t sign = x < 0.f || __float_as_uint(x) == 0x80000000u ? 8u : 0u;
   return code | sign;
 }
+
+// The number that encode_e2m1() gives the code of.
+__device__ __forceinline__ float round_e2m1(float x) {
+  const float magnitude = fminf(fabsf(x), 6.f);
+  const float power = __uint_as_float(max(__float_as_uint(magnitude) & 0x7f800000u, 0x3f800000u) + (22u << 23));
+  const float rounded = __fadd_rn(__fadd_rn(magnitude, power), -power);
+  return x < 0.f ? -rounded : rounded;
+}
+
+// The same of encode_e4m3.
+__device__ __forceinline__ float round_e4m3(float x) { return decode_e4m3(static_cast<uint8_t>(pack_e4m3(x, 0.f))); }
 
 // Two codes, `low` in the low nibble. One instruction from SM100 on.
 __device__ __forceinline__ uint32_t pack_e2m1(float low, float high) {

@@ -8,9 +8,38 @@
 
 namespace moe {
 
-enum class Format : int { bf16, fp16, int8, fp8_block, fp8_block_e8m0, mxfp8, mxfp4, nvfp4 };
+// The last four are for packed weights, which are multiplied as bfloat16: value * scale of the format behind `as_`, exactly (6 significant bits),
+// stored as bfloat16; nvfp4 without its global scale.
+enum class Format : int {
+  bf16, fp16, int8, fp8_block, fp8_block_e8m0, mxfp8, mxfp4, nvfp4,
+  as_fp8_block_e8m0, as_mxfp8, as_mxfp4, as_nvfp4
+};
 
-constexpr bool has_scale(Format format) { return format != Format::bf16 && format != Format::fp16; }
+constexpr bool is_rounded(Format format) { return format >= Format::as_fp8_block_e8m0; }
+
+// What numbers of a format are rounded to.
+constexpr Format rounded_to(Format format) {
+  switch (format) {
+    case Format::as_fp8_block_e8m0: return Format::fp8_block_e8m0;
+    case Format::as_mxfp8: return Format::mxfp8;
+    case Format::as_mxfp4: return Format::mxfp4;
+    case Format::as_nvfp4: return Format::nvfp4;
+    default: return format;
+  }
+}
+
+constexpr Format rounded(Format format) {
+  switch (format) {
+    case Format::fp8_block_e8m0: return Format::as_fp8_block_e8m0;
+    case Format::mxfp8: return Format::as_mxfp8;
+    case Format::mxfp4: return Format::as_mxfp4;
+    case Format::nvfp4: return Format::as_nvfp4;
+    default: return format;
+  }
+}
+
+// Whether a scale is stored beside the values.
+constexpr bool has_scale(Format format) { return format != Format::bf16 && format != Format::fp16 && !is_rounded(format); }
 
 // Whether a scale is a power of two in one byte.
 constexpr bool has_e8m0_scale(Format format) {
@@ -28,7 +57,7 @@ constexpr int chunk_bytes(Format format, int size = 8) { return has_scale(format
 
 // Consecutive k that share a scale; 0: the whole row (int8) or no scale at all.
 constexpr int block_k(Format format) {
-  switch (format) {
+  switch (rounded_to(format)) {
     case Format::fp8_block:
     case Format::fp8_block_e8m0: return 128;
     case Format::mxfp8:
@@ -74,8 +103,20 @@ cudaError_t dispatch_format(Format format, Function&& function) {
     case Format::mxfp8: return function.template operator()<Format::mxfp8>();
     case Format::mxfp4: return function.template operator()<Format::mxfp4>();
     case Format::nvfp4: return function.template operator()<Format::nvfp4>();
+    default: return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
+}
+
+// The rounded ones.
+template <typename Function>
+cudaError_t dispatch_rounded(Format format, Function&& function) {
+  switch (format) {
+    case Format::as_fp8_block_e8m0: return function.template operator()<Format::as_fp8_block_e8m0>();
+    case Format::as_mxfp8: return function.template operator()<Format::as_mxfp8>();
+    case Format::as_mxfp4: return function.template operator()<Format::as_mxfp4>();
+    case Format::as_nvfp4: return function.template operator()<Format::as_nvfp4>();
+    default: return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace moe

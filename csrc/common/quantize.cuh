@@ -71,11 +71,28 @@ __device__ __forceinline__ uint32_t encode_int8(float x) {
   return static_cast<uint32_t>(min(max(__float2int_rn(x), -127), 127)) & 0xffu;
 }
 
+// What elements of a block stand for once they are quantised, without the global scale: exact in bfloat16 (up to its smallest normal number).
+template <Format kFormat>
+struct Rounding {
+  static constexpr Format kTo = rounded_to(kFormat);
+  float scale, inverse;
+
+  __device__ __forceinline__ Rounding(float amax, float global_scale) {
+    const Scale s = make_scale<kTo>(amax, global_scale);
+    scale = kTo == Format::nvfp4 ? decode_e4m3(static_cast<uint8_t>(s.stored)) : decode_e8m0(s.stored);
+    inverse = s.inverse;
+  }
+  __device__ __forceinline__ float operator()(float x) const {
+    const float scaled = __fmul_rn(x, inverse);
+    return __fmul_rn(pack(kTo) == 2 ? round_e2m1(scaled) : round_e4m3(scaled), scale);
+  }
+};
+
 // A chunk, already divided by its scale, as stored bytes.
 template <Format kFormat, int kSize>
 __device__ __forceinline__ void encode_chunk(const float (&x)[kSize], uint32_t (&words)[chunk_bytes(kFormat, kSize) / 4]) {
-  if constexpr (kFormat == Format::bf16 || kFormat == Format::fp16) {
-    using T = std::conditional_t<kFormat == Format::bf16, __nv_bfloat16, __half>;
+  if constexpr (!has_scale(kFormat)) {
+    using T = std::conditional_t<kFormat == Format::fp16, __half, __nv_bfloat16>;
 #pragma unroll
     for (int i = 0; i < kSize / 2; ++i) words[i] = pack_16<T>(x[2 * i], x[2 * i + 1]);
   } else if constexpr (kFormat == Format::int8) {
@@ -102,7 +119,7 @@ template <Format kFormat, int kSize>
 __device__ __forceinline__ QuantizedChunk<kFormat, kSize> quantize_chunk(const float (&x)[kSize], float global_scale) {
   static_assert(kFormat != Format::int8);
   QuantizedChunk<kFormat, kSize> result;
-  if constexpr (!has_scale(kFormat)) {
+  if constexpr (!has_scale(kFormat) && !is_rounded(kFormat)) {
     encode_chunk<kFormat>(x, result.words);
   } else {
     float amax = chunk_amax(x);
@@ -110,12 +127,18 @@ __device__ __forceinline__ QuantizedChunk<kFormat, kSize> quantize_chunk(const f
     for (int lanes = block_k(kFormat) / kSize / 2; lanes > 0; lanes /= 2) {
       amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, lanes));
     }
-    const Scale scale = make_scale<kFormat>(amax, global_scale);
     float scaled[kSize];
+    if constexpr (is_rounded(kFormat)) {
+      const Rounding<kFormat> rounding(amax, global_scale);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) scaled[i] = __fmul_rn(x[i], scale.inverse);
+      for (int i = 0; i < kSize; ++i) scaled[i] = rounding(x[i]);
+    } else {
+      const Scale scale = make_scale<kFormat>(amax, global_scale);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) scaled[i] = __fmul_rn(x[i], scale.inverse);
+      result.scale = scale.stored;
+    }
     encode_chunk<kFormat>(scaled, result.words);
-    result.scale = scale.stored;
   }
   return result;
 }

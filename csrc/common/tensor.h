@@ -46,13 +46,13 @@ inline DType float_dtype(const Tensor& tensor) {
   }
 }
 
-inline Format parse_format(const char* op, const std::string& name) {
+inline Format parse_format(const char* op, const std::string& name, const char* argument = "format") {
   static constexpr const char* kNames[] = {"bf16",           "fp16",  "int8",  "fp8_block",
                                            "fp8_block_e8m0", "mxfp8", "mxfp4", "nvfp4"};
   for (int i = 0; i < 8; ++i) {
     if (name == kNames[i]) return static_cast<Format>(i);
   }
-  refuse(op, "format", "one of bf16, fp16, int8, fp8_block, fp8_block_e8m0, mxfp8, mxfp4, nvfp4", name);
+  refuse(op, argument, "one of bf16, fp16, int8, fp8_block, fp8_block_e8m0, mxfp8, mxfp4, nvfp4", name);
 }
 
 inline ScalarType value_dtype(Format format) {

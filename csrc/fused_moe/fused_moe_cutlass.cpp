@@ -31,7 +31,8 @@ constexpr const char* kOp = "fused_moe";
 // What the stages share: sizes and the format.
 struct Layer {
   int64_t num_tokens = 0, top_k = 0, num_rows = 0, num_experts = 0, hidden_size = 0, intermediate_size = 0;
-  Format format = Format::bf16;
+  Format format = Format::bf16;   // of activations, as they are multiplied
+  ScaleView a13_global_scale, a2_global_scale;
   DType dtype = DType::bfloat16;  // of hidden_states and the output
   ActivationParams activation;
   GateUpLayout layout = GateUpLayout::gate_up;
@@ -84,6 +85,35 @@ struct Intermediates {
   }
 };
 
+// The format that activations are multiplied in.
+Format parse_act_format(const Tensor& w13, Format weights, const std::string& format, const std::string& act_format) {
+  const Packing packing = packing_of(w13, weights);
+  const std::string& name = act_format.empty() ? format : act_format;
+  std::string names = packing == Packing::none ? format : packing == Packing::mxfp4_e4m3 ? "fp8_block" : "bf16";
+  if (name == names) return act_format_of(w13, weights);
+  for (const std::string& other : rounded_act_formats(packing)) {
+    if (name == other) return rounded(parse_format(kOp, name, "act_format"));
+    names += " or " + other;
+  }
+  refuse(kOp, "act_format", names + " for this backend", act_format);
+}
+
+// One element or [E].
+ScaleView parse_act_global_scale(const char* argument, const std::optional<Tensor>& scale, const Layer& layer, const Tensor& like) {
+  if (!scale) return {};
+  MOE_EXPECT(layer.format == Format::as_nvfp4, kOp, argument, "none for these activations", describe(*scale));
+  const bool one = scale->numel() == 1;
+  const bool good = has_dtype(*scale, ScalarType::Float) && scale->is_cuda() && scale->get_device_index() == like.get_device_index();
+  MOE_EXPECT(good && (one || (scale->dim() == 1 && scale->size(0) == layer.num_experts && scale->stride(0) == 1)), kOp, argument,
+             "float32 on " << device_name(like) << ", one element or [" << layer.num_experts << "]", describe(*scale));
+  return {pointer<const float>(*scale), one ? 0 : 1, 0, 0};
+}
+
+// The same for the stages before and after, which find the expert of a row in expert_offsets.
+GlobalScale of_rows(const ScaleView& scale, const Layer& layer, const Intermediates& m) {
+  return {scale.data, scale.data == nullptr ? 0 : scale.stride_group == 0 ? 1 : static_cast<int32_t>(layer.num_experts), m.expert_offsets};
+}
+
 bool takes_acts(Format format) { return format == Format::bf16 || format == Format::fp16 || format == Format::fp8_block; }
 
 void check_gemm(const char* argument, const char* reason) {
@@ -127,7 +157,8 @@ void run_permute(const Layer& layer, const Intermediates& m, const Tensor& hidde
   args.num_rows = layer.num_rows;
   args.format = layer.format;
   args.out = m.permuted;
-  if (sort_permute_pays(layer.num_tokens, layer.num_rows)) return check_cuda(kOp, sort_permute(sort, args, layer.stream));
+  args.global_scale = of_rows(layer.a13_global_scale, layer, m);
+  if (sort_permute_pays(layer.num_tokens, layer.num_rows) && !args.global_scale.per_expert()) return check_cuda(kOp, sort_permute(sort, args, layer.stream));
   check_cuda(kOp, sort_slots(sort, m.sort_workspace, layer.stream));
   check_cuda(kOp, permute(args, layer.stream));
 }
@@ -155,6 +186,7 @@ void run_gemms(const Layer& layer, const Intermediates& m, GroupedGemmArgs gemm1
   args.layout = layer.layout;
   args.format = layer.format;
   args.out = m.act;
+  args.global_scale = of_rows(layer.a2_global_scale, layer, m);
   check_cuda(kOp, act_mul(args, layer.stream));
   set_rows(gemm2, layer, m, m.act);
   gemm2.out = m.expert_out;
@@ -220,19 +252,14 @@ Tensor run_layer(const std::string& tactic, const Tensor& hidden_states, const T
                  const std::string& w13_layout) {
   Layer layer;
   const Format weight_format = parse_format(kOp, format);
-  const bool packed = packing_of(w13, weight_format) != Packing::none;
-  layer.format = act_format_of(w13, weight_format);
-  MOE_EXPECT(takes_acts(layer.format), kOp, "format", "bf16, fp16, fp8_block or packed nvfp4, mxfp4 or mxfp8 for this backend", format);
-  const std::string expected_acts = !packed ? format : layer.format == Format::fp8_block ? "fp8_block" : "bf16";
-  MOE_EXPECT((act_format.empty() ? format : act_format) == expected_acts, kOp, "act_format", expected_acts << " for this backend", act_format);
+  MOE_EXPECT(takes_acts(act_format_of(w13, weight_format)), kOp, "format",
+             "bf16, fp16, fp8_block or packed nvfp4, mxfp4 or mxfp8 for this backend", format);
+  layer.format = parse_act_format(w13, weight_format, format, act_format);
   MOE_EXPECT(packing_of(w2, weight_format) == packing_of(w13, weight_format), kOp, "w2", "packed like w13", describe(w2));
-  const std::pair<const char*, const std::optional<Tensor>&> global_scales[] = {{"a13_global_scale", a13_global_scale},
-                                                                                {"a2_global_scale", a2_global_scale}};
-  for (const auto& [name, scale] : global_scales) MOE_EXPECT(!scale, kOp, name, "none for " << expected_acts, describe(*scale));
   layer.activation = parse_activation(kOp, activation, alpha, beta, limit);
   layer.layout = parse_layout(kOp, "w13_layout", w13_layout);
   expect_tensor(kOp, "hidden_states", hidden_states, {ScalarType::BFloat16, ScalarType::Half}, {"T", "H"}, hidden_states);
-  MOE_EXPECT(has_scale(layer.format) || value_dtype(layer.format) == hidden_states.scalar_type(), kOp, "format",
+  MOE_EXPECT(has_scale(layer.format) || is_rounded(layer.format) || value_dtype(layer.format) == hidden_states.scalar_type(), kOp, "format",
              "the format of hidden_states or a quantised one", format);
   layer.num_tokens = hidden_states.size(0);
   layer.hidden_size = hidden_states.size(1);
@@ -243,8 +270,8 @@ Tensor run_layer(const std::string& tactic, const Tensor& hidden_states, const T
   MOE_EXPECT(!apply_router_weight_on_input || layer.top_k == 1, kOp, "apply_router_weight_on_input", "top_k 1",
              "top_k " + std::to_string(layer.top_k));
   const int64_t parts = is_gated(layer.activation.kind) ? 2 : 1;
-  const GroupedGemmArgs gemm1 = weight_args(kOp, "w13", w13, w13_scale, w13_global_scale, w13_bias, weight_format, parts, hidden_states);
-  const GroupedGemmArgs gemm2 = weight_args(kOp, "w2", w2, w2_scale, w2_global_scale, w2_bias, weight_format, 1, hidden_states);
+  GroupedGemmArgs gemm1 = weight_args(kOp, "w13", w13, w13_scale, w13_global_scale, w13_bias, weight_format, parts, hidden_states);
+  GroupedGemmArgs gemm2 = weight_args(kOp, "w2", w2, w2_scale, w2_global_scale, w2_bias, weight_format, 1, hidden_states);
   layer.intermediate_size = gemm2.k;
   MOE_EXPECT(gemm1.num_experts == gemm2.num_experts && gemm1.n == parts * gemm2.k && gemm1.k == layer.hidden_size, kOp, "w13",
              "sizes that fit hidden_states and w2", describe(w13));
@@ -253,6 +280,8 @@ Tensor run_layer(const std::string& tactic, const Tensor& hidden_states, const T
   check_gemm("w2", grouped_gemm_sm90_why_not(gemm2));
   layer.num_rows = layer.num_tokens * layer.top_k;
   layer.num_experts = gemm1.num_experts;
+  gemm1.a_global_scale = layer.a13_global_scale = parse_act_global_scale("a13_global_scale", a13_global_scale, layer, hidden_states);
+  gemm2.a_global_scale = layer.a2_global_scale = parse_act_global_scale("a2_global_scale", a2_global_scale, layer, hidden_states);
   layer.dtype = float_dtype(hidden_states);
 
   FusedGemms fused{gemm1, gemm2};
@@ -260,6 +289,7 @@ Tensor run_layer(const std::string& tactic, const Tensor& hidden_states, const T
   fused.activation = layer.activation;
   fused.gate_part = layer.layout == GateUpLayout::up_gate ? 1 : 0;
   fused.top_k = static_cast<int32_t>(layer.top_k);
+  fused.act_format = layer.format;
   fused.hidden_dtype = layer.dtype;
   fused.topk_ids = pointer<const int32_t>(topk_ids);
   if (apply_router_weight_on_input) fused.topk_weights = pointer<const float>(topk_weights);

@@ -26,8 +26,8 @@ __device__ __forceinline__ int rank_of(const int16_t* experts, int num_slots, in
 }
 
 template <typename T, Format kFormat>
-__device__ __forceinline__ QuantizedChunk<kFormat> quantize_input(const Chunk<T>& chunk, const float* weight) {
-  if (!has_scale(kFormat) && weight == nullptr) {
+__device__ __forceinline__ QuantizedChunk<kFormat> quantize_input(const Chunk<T>& chunk, const float* weight, float global_scale) {
+  if (!has_scale(kFormat) && !is_rounded(kFormat) && weight == nullptr) {
     QuantizedChunk<kFormat> copy;
     memcpy(copy.words, &chunk, sizeof(copy.words));
     return copy;
@@ -37,7 +37,7 @@ __device__ __forceinline__ QuantizedChunk<kFormat> quantize_input(const Chunk<T>
   if (weight != nullptr)
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) x[i] = __fmul_rn(x[i], *weight);
-  return quantize_chunk<kFormat>(x, 1.f);
+  return quantize_chunk<kFormat>(x, global_scale);
 }
 
 template <typename T, Format kFormat>
@@ -67,7 +67,8 @@ __global__ void __launch_bounds__(kThreads) sort_permute_kernel(SortSlotsArgs so
   const int64_t thread = (int64_t(blockIdx.y) * gridDim.x + blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t i = thread; i < sort.num_cleared; i += int64_t(gridDim.x) * gridDim.y * kThreads) sort.cleared[i] = 0;
   const float* weight = args.topk_weights == nullptr ? nullptr : args.topk_weights + token;  // top_k is 1
-  const QuantizedChunk<kFormat> quantized = quantize_input<T, kFormat>(loaded, weight);
+  const float global_scale = args.global_scale.data == nullptr ? 1.f : *args.global_scale.data;
+  const QuantizedChunk<kFormat> quantized = quantize_input<T, kFormat>(loaded, weight, global_scale);
   __syncthreads();  // rows is complete
   for (int k = 0; k < args.top_k; ++k)
     if (rows[k] >= 0) store_chunk<kFormat>(args.out, rows[k], chunk, quantized, vectorized);
@@ -101,7 +102,7 @@ cudaError_t sort_clear(const SortSlotsArgs& sort, cudaStream_t stream) {
 cudaError_t sort_permute(const SortSlotsArgs& sort, const PermuteArgs& args, cudaStream_t stream) {
   const int64_t chunks = ceil_div(args.out.k, kChunk);
   if (sort.num_slots > kSortPermuteMaxSlots || sort.alignment != 1) return cudaErrorInvalidValue;
-  if (args.topk_weights != nullptr && args.top_k != 1) return cudaErrorInvalidValue;
+  if ((args.topk_weights != nullptr && args.top_k != 1) || args.global_scale.per_expert()) return cudaErrorInvalidValue;
   const bool vectorized = args.out.k % kChunk == 0 && aligned_16(args.hidden_states) && aligned_16(args.out.values);
   // Enough thread blocks for the chunks, and a warp for each expert.
   const int64_t columns = std::max(ceil_div(chunks, kThreads), ceil_div(sort.num_experts + 1, kWarps * args.num_tokens));
@@ -110,6 +111,10 @@ cudaError_t sort_permute(const SortSlotsArgs& sort, const PermuteArgs& args, cud
     return launch(sort_permute_kernel<T, kFormat>, grid, dim3(kThreads), 0, stream, sort, args, vectorized);
   };
   const bool is_bf16 = args.dtype == DType::bfloat16;
+  if (is_rounded(args.format))
+    return dispatch_rounded(args.format, [&]<Format kFormat>() {
+      return is_bf16 ? run.template operator()<__nv_bfloat16, kFormat>() : run.template operator()<__half, kFormat>();
+    });
   switch (args.format) {
     case Format::bf16: return is_bf16 ? run.template operator()<__nv_bfloat16, Format::bf16>() : cudaErrorInvalidValue;
     case Format::fp16: return is_bf16 ? cudaErrorInvalidValue : run.template operator()<__half, Format::fp16>();

@@ -168,12 +168,44 @@ struct NarrowEpilogue {
     sync_threads(3, C::kConsumers);  // read, before a wide tile writes warp by warp
   }
 
-  // Packed weights are multiplied without their global scale, and smaller by a power of two.
+  // act of 128 channels (wave 0) -> what it stands for once it is quantised. A warp has 16 channels of all tokens.
+  template <Format kFormat>
+  __device__ void round_act() {
+    constexpr int kWarps = block_k(kFormat) / 16;  // that share a scale
+    const float global_scale = p.act_global_scale(1, tile.expert);
+    const int first_warp = threadIdx.x / 32 / kWarps * kWarps, channels = g.part_rows - tile.row;
+    float* amax = reinterpret_cast<float*>(smem.staging_ptr);  // [8 warps][kTokens]
+    if (kWarps > 1) sync_threads(3, C::kConsumers);            // the previous tile's staging has been read
+    auto round = [&](int i, float m) {
+      const Rounding<kFormat> rounding(m, global_scale);
+      total[i] = rounding(total[i]);
+      total[i + 2] = rounding(total[i + 2]);
+    };
+#pragma unroll
+    for (int i = 0; i < kWave; i += i % 2 == 0 ? 1 : 3) {  // both values of a token pair, first row
+      float m = wave_row < channels ? fmaxf(fabsf(total[i]), fabsf(total[i + 2])) : 0.f;
+      for (int d = 4; d < 32; d *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, d));
+      if (kWarps == 1) round(i, m);
+      else if (lane < 4) amax[threadIdx.x / 32 * kTokens + token_of(i, lane)] = m;
+    }
+    if (kWarps == 1) return;
+    sync_threads(3, C::kConsumers);
+#pragma unroll
+    for (int i = 0; i < kWave; i += i % 2 == 0 ? 1 : 3) {
+      float m = 0.f;
+      for (int w = 0; w < kWarps; ++w) m = fmaxf(m, amax[(first_warp + w) * kTokens + token_of(i, lane)]);
+      round(i, m);
+    }
+    sync_threads(3, C::kConsumers);  // read, before staging is written
+  }
+
+  // Packed weights are multiplied without their global scale, and smaller by a power of two; tokens without theirs.
   __device__ void apply_global_scale(int wave) {
     int32_t part, row;
     wave_origin<C>(p, tile, wave, part, row);
     const ScaleView& s = g.b_global_scale;
-    const float scale = kUnpackedScale<C::kPacking> * (s.data != nullptr ? __ldg(s.data + tile.expert * s.stride_group + part * s.stride_row) : 1.f);
+    const float scale = kUnpackedScale<C::kPacking> * (s.data != nullptr ? __ldg(s.data + tile.expert * s.stride_group + part * s.stride_row) : 1.f) *
+                        p.act_global_scale(tile.gemm, tile.expert);
 #pragma unroll
     for (int i = 0; i < kWave; ++i) total[wave * kWave + i] *= scale;
   }
@@ -201,6 +233,7 @@ struct NarrowEpilogue {
 #pragma unroll
       for (int i = 0; i < kWave; ++i) total[i] = activate<decltype(kind)::value>(p.activation, total[i], total[kWave + i]);
     });
+    with_rounding<C>(p.act_format, [&]<Format kFormat>() { round_act<kFormat>(); });
     const int32_t row = tile.row + warpgroup * 64;
     if constexpr (C::kFloat8) store_quantized();
     else store_16bit<0>(row, g.part_rows - row);

@@ -73,7 +73,7 @@ struct Gather {
 
 // In place of load_tokens(). Every lane of every token warp arrives at every stage, and the warp whose turn the K block is once more.
 template <class C>
-constexpr int kGatherArrivals = C::kTokenWarps * kLanes + 1;
+constexpr int kGatherArrivals = C::kTokenWarps * kLanes + kScaleArrivals<C>;
 
 template <class C>
 __device__ void gather_tokens(const KernelParams& p, const Smem<C>& smem, int warp) {
@@ -113,10 +113,7 @@ __device__ void gather_tokens(const KernelParams& p, const Smem<C>& smem, int wa
     for_each_stage([&](int kb) { return gather.load_scales(kb); },
                    [&](int kb, bool turn, const auto& scales) {
                      gather.copy(pipe.stage, kb);
-                     if (!turn) return;
-                     if constexpr (C::kFloat8) loader.store_scales(pipe.stage, scales);
-                     __syncwarp();  // all scales are stored
-                     if (loader.lane == 0) smem.full[pipe.stage].arrive();
+                     if (turn) loader.store_scales(pipe.stage, scales);
                    });
   }
 }

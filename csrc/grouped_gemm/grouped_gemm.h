@@ -48,6 +48,7 @@ struct GroupedGemmArgs {
   ScaleView a_scale;                       // float8 only: rows = num_rows
   ScaleView b_scale;                       // float8 only: rows = 128-blocks of n, counted within each of the b_parts
   ScaleView b_global_scale;                // packed only: [num_experts, b_parts] (stride_row: of the parts), or no data for 1
+  ScaleView a_global_scale;                // packed only: of a row, [num_experts] (stride_group 0: of all), or no data for 1
   int32_t num_experts = 0, n = 0, k = 0;
   int32_t b_parts = 1;                     // b[e] is this many equally tall matrices on top of each other (2: gate over up)
   int64_t num_rows = 0;                    // rows allocated; rows in use are among the first expert_offsets[num_experts]

@@ -48,6 +48,7 @@ cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool tokens_by
   g.packed_k_blocks = args.k / kPackedBlock;
   g.out_dtype = args.out_dtype;
   g.bias_dtype = args.bias_dtype;
+  g.a_global_scale = args.a_global_scale;
   g.b_global_scale = args.b_global_scale;
   g.packed_weights = static_cast<const uint8_t*>(args.b);
   for (int size = 0; tokens_by_tma && 8 << size <= C::kMaxTokens; ++size) {  // each costs the host time
@@ -115,6 +116,7 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   p.num_gemms = 2;
   p.num_experts = f.gemm1.num_experts;
   p.gate_part = f.gate_part;
+  p.act_format = f.act_format;
   p.topk_ids = f.topk_ids;
   p.expert_map = f.expert_map;
   p.num_slots = int32_t(f.gemm1.num_rows);

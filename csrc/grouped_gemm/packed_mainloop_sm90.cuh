@@ -17,6 +17,19 @@ constexpr float kUnpackedScale = kPacking == Packing::nvfp4   ? float(1 << 19)
                                  : kPacking == Packing::mxfp8 ? float(1ull << 57)
                                                               : 1.f;
 
+// f.operator()<Format>() if tokens are rounded to a format. The formats are those that fused_moe takes with these weights; tiles of 128 tokens
+// have no registers for it (is_possible()).
+template <class C, class F>
+__device__ __forceinline__ void with_rounding(Format format, F&& f) {
+  if constexpr (C::kPacked && !C::kFloat8 && C::kMaxTokens <= kMostTokensRounded) {
+    constexpr bool kFp4 = C::kPacking != Packing::mxfp8;
+    if (format == Format::as_nvfp4 && C::kPacking == Packing::nvfp4) f.template operator()<Format::as_nvfp4>();
+    if (format == Format::as_mxfp4 && C::kPacking == Packing::mxfp4) f.template operator()<Format::as_mxfp4>();
+    if (format == Format::as_mxfp8 && C::kPacking != Packing::nvfp4) f.template operator()<Format::as_mxfp8>();
+    if (format == Format::as_fp8_block_e8m0 && kFp4) f.template operator()<Format::as_fp8_block_e8m0>();
+  }
+}
+
 // Both halves of x, bfloat16, times one half of y.
 __device__ __forceinline__ uint32_t times_lower(uint32_t x, uint32_t y) {
   uint32_t d;

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm_ker
     asm volatile("prefetch.tensormap [%0];" ::"l"(&p.gemm[threadIdx.x / 6].weights + threadIdx.x % 6) : "memory");
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::kStages; ++s) {
-      smem.full[s].init(1 + (smem.gathered ? kGatherArrivals<C> : C::kTokenSteps));  // the weights' thread, and the tokens' warps
+      smem.full[s].init(1 + (smem.gathered ? kGatherArrivals<C> : C::kSplit ? C::kTokenSteps * kLanes : kScaleArrivals<C>));  // weights, and tokens
       smem.empty[s].init(C::kConsumers / 32);
     }
     for (int s = 0; s < kTileSlots; ++s) {

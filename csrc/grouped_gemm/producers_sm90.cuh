@@ -143,6 +143,10 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
 
 // Warps 1 to kTokenWarps: the tokens of a stage and, for float8, a_scale * b_scale of each (wave, token); the products leave
 // the consumers one FMA per value. The K blocks are dealt out in turn, and scales are loaded kAhead of a warp's own blocks ahead.
+// Every lane that stores scales says so itself.
+template <class C>
+constexpr int kScaleArrivals = C::kFloat8 ? kLanes : 1;
+
 template <class C>
 struct TokenLoader {
   static constexpr int kRowsPerLane = C::kMaxTokens / kLanes, kAhead = 128 / C::kMaxTokens;
@@ -190,10 +194,11 @@ struct TokenLoader {
     return s;
   }
 
+  // And arrives.
   __device__ void store_scales(int stage, const Scales& s) const {
     const uint32_t scales = smem.scales + stage * C::kScaleBytes;
 #pragma unroll
-    for (int i = 0; i < kRowsPerLane; ++i) {
+    for (int i = 0; C::kFloat8 && i < kRowsPerLane; ++i) {
       const int token = lane + kLanes * i;
       if (token < (1 << tile.size)) {
 #pragma unroll
@@ -201,6 +206,7 @@ struct TokenLoader {
           asm volatile("st.shared.f32 [%0], %1;" ::"r"(scales + 4 * (w * C::kWaveScales + scale_index(token))), "f"(__fmul_rn(s.a[i], s.b[w])) : "memory");
       }
     }
+    if (C::kFloat8 || lane == 0) smem.full[stage].arrive();
   }
 
   __device__ void fill(int stage, int kb, const Scales& s) const {
@@ -211,9 +217,7 @@ struct TokenLoader {
         tma_load(smem.tokens + stage * C::kTokenBytes + h * C::kBlockTokenBytes, &p.gemm[tile.gemm].tokens[tile.size - 3], full,
                  (kb * C::kStageBlocks + h) * kBlockK<C>, tile.token);
     }
-    if constexpr (C::kFloat8) store_scales(stage, s);
-    __syncwarp();
-    if (lane == 0) full.arrive();
+    store_scales(stage, s);
   }
 };
 

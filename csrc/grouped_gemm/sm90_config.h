@@ -3,6 +3,7 @@
 #include <cuda.h>
 
 #include "common/activation.h"
+#include "common/formats.h"
 #include "grouped_gemm/grouped_gemm.h"
 #include "grouped_gemm/tactics_sm90.h"
 
@@ -22,6 +23,7 @@ struct FusedGemms {
   int32_t gate_part = 0;     // which of the two parts of w13 is the gate (0: gate_up, 1: up_gate)
   int32_t* sync = nullptr;   // counters: must be 0; the launch leaves them used up
   int32_t top_k = 0;
+  Format act_format = Format::bf16;     // packed: what act, and split's tokens, are rounded to, if it is a rounded one
   // gathered128: row r of GEMM1 is row row_to_slot[r] / top_k of gemm1.a, whose scales are K-major.
   const int32_t* row_to_slot = nullptr;
   // split: GEMM1 quantises rows of hidden_states by itself, those of topk_ids as sort_slots sorts them. All of this must be complete before
@@ -57,7 +59,7 @@ struct GemmParams {
   void* out;
   const void* bias;
   const uint8_t* packed_weights;   // instead of `weights`
-  ScaleView a_scale, b_scale, b_global_scale;
+  ScaleView a_scale, b_scale, a_global_scale, b_global_scale;
   int32_t parts, part_rows, out_stride;
   int32_t k_stages;                // what K fills, of Config::kStageBlocks K blocks each
   int32_t k_blocks;                // float8: 1 x 128 scales of a token
@@ -82,6 +84,7 @@ struct KernelParams {
   int32_t hidden_size, num_slots, num_global_experts;
   DType hidden_dtype;
   int32_t gate_part;
+  Format act_format;               // see FusedGemms
   int32_t* ready;                  // gated: [token tiles] 0 at the start: parts of act that are complete
   int32_t ready_count;             // what makes a token tile of act complete
   float* act_scale;                // gated, float8: 1 x 128 scales of act
@@ -89,6 +92,10 @@ struct KernelParams {
   ActivationParams activation;
 
 #ifdef __CUDACC__
+  __device__ float act_global_scale(int which, int expert) const {
+    const ScaleView& s = gemm[which].a_global_scale;
+    return s.data == nullptr ? 1.f : __ldg(s.data + expert * s.stride_group);
+  }
   __device__ int local_expert(int slot) const {  // -1: none
     if (slot >= num_slots) return -1;
     int expert = topk_ids[slot];

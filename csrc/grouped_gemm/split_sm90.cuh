@@ -3,7 +3,7 @@
 //   GEMM2: row r = quantize(activation(gate_up[r])), gate_up float32 in device memory
 // So nothing is permuted before the kernel, and between the GEMMs there is one way through memory: gate_up is 0 at the start, no value is
 // stored as +0 (but as -0, which makes no difference to any sum), and whoever needs four of them reads until none is +0. The bits are those
-// of permute, of the gated epilogues and of act_mul.
+// of permute, of the gated epilogues and of act_mul. `quantize` is the rounding of KernelParams::act_format, too.
 #pragma once
 #include "grouped_gemm/epilogue_sm90.cuh"
 #include "grouped_gemm/producers_sm90.cuh"
@@ -123,9 +123,16 @@ struct SplitTokens {
                    : "memory");
       return scale;
     } else {
+      float x[4] = {y[0], y[1], y[2], y[3]};
+      with_rounding<C>(p.act_format, [&]<Format kFormat>() {
+        float amax = chunk_amax(x);
+        for (int lanes = block_k(kFormat) / 8; lanes > 0; lanes /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, lanes));
+        const Rounding<kFormat> rounding(amax, p.act_global_scale(tile.gemm, tile.expert));
+        for (float& value : x) value = rounding(value);
+      });
       constexpr DType kOut = std::is_same_v<typename C::Element, __half> ? DType::float16 : DType::bfloat16;
       const uint32_t address = tokens + lane / 16 * C::kBlockTokenBytes + staged(row, lane % 16 / 2) + lane % 2 * 8;
-      asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(pack_16bit(kOut, y[0], y[1])), "r"(pack_16bit(kOut, y[2], y[3])) : "memory");
+      asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(pack_16bit(kOut, x[0], x[1])), "r"(pack_16bit(kOut, x[2], x[3])) : "memory");
       return 0.f;
     }
   }
@@ -173,8 +180,7 @@ struct SplitTokens {
       if constexpr (C::kFloat8)
         asm volatile("st.shared.f32 [%0], %1;" ::"r"(smem.scales + pipe.stage * C::kBlockScaleBytes + 4 * scale_index(lane)), "f"(__fmul_rn(a, b)) : "memory");
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what was stored
-      __syncwarp();
-      if (lane == 0) smem.full[stage].arrive();
+      smem.full[stage].arrive();
       if (first + C::kTokenWarps < steps) load_step(first + C::kTokenWarps);  // not before: the arrival would wait for it
     }
     first -= steps;

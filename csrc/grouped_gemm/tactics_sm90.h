@@ -29,7 +29,8 @@ enum class Tiles { split64, split128, gated32, gated64, gated128, gathered128 };
 constexpr const char* kTilesNames[] = {"split64", "split128", "gated32", "gated64", "gated128", "gathered128"};
 constexpr const char* kGemm2Alone = "+gemm2";  // behind those in a tactic's name
 
-constexpr int32_t kMaxSplitSlots = 384;  // of a thread each
+constexpr int32_t kMaxSplitSlots = 384;     // of a thread each
+constexpr int32_t kMostTokensRounded = 64;  // of a tile whose act is rounded (FusedGemms::act_format)
 
 struct Tactic {
   Tiles tiles = Tiles::gated128;
@@ -46,8 +47,10 @@ struct LayerFacts {
   bool can_gather;            // whether GEMM1 may read the caller's tokens as they are (gathered128)
   bool can_split;             // or quantise them itself (split; up to kMaxSplitSlots)
   double local_share;         // of num_rows, expected here: with an expert_map, local experts of global ones, else 1
+  bool rounds_acts;           // packed: whether tokens are rounded to a format
 
   constexpr double expected_rows() const { return double(num_rows) * local_share; }
+  constexpr int32_t most_tokens() const { return elements == Elements::packed_float8 || rounds_acts ? 64 : 128; }  // of a tile
   constexpr bool may_split() const { return can_split && num_rows <= kMaxSplitSlots; }
 };
 
@@ -65,7 +68,7 @@ constexpr int32_t tokens_of(Tiles tiles) { return !gated(tiles) || tiles == Tile
 
 constexpr bool is_possible(const LayerFacts& f, const Tactic& tactic) {
   if (tactic.tiles == Tiles::gated32 && f.elements != Elements::packed) return false;
-  if (tokens_of(tactic.tiles) > 64 && f.elements == Elements::packed_float8) return false;
+  if (tokens_of(tactic.tiles) > f.most_tokens()) return false;
   if (tactic.tiles == Tiles::gathered128 && !f.can_gather) return false;
   if (!gated(tactic.tiles) && !f.may_split()) return false;
   return gated(tactic.tiles) || !tactic.gemm2_alone;
@@ -87,7 +90,7 @@ inline Tiles choose_tiles(const LayerFacts& f) {
   const auto rounds = [&](int32_t thread_blocks) { return std::ceil(tiles(gemm1_rows, 256) / thread_blocks); };
   if (f.elements == Elements::packed && rows_an_expert_up_to(c.gated32_rows) && c.gated32_cost * rounds(2 * f.num_sms) < rounds(f.num_sms))
     return Tiles::gated32;
-  if (rows_an_expert_up_to(c.gated64_rows) || f.elements == Elements::packed_float8) return Tiles::gated64;
+  if (rows_an_expert_up_to(c.gated64_rows) || f.most_tokens() == 64) return Tiles::gated64;
   // Gathering saves writing and reading permuted tokens; but every row tile copies its tokens anew by instructions, where TMA takes permuted
   // ones, and the consumers wait for a fence (of which 16 bits notice less).
   return f.can_gather && tiles_of(f.intermediate_size, 128) <= c.gathered_row_tiles ? Tiles::gathered128 : Tiles::gated128;

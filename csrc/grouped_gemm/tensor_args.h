@@ -44,6 +44,16 @@ inline Format act_format_of(const Tensor& b, Format format) {
   }
 }
 
+// The activations that packed weights, which bf16 ones are meant for, are multiplied by as well in fused_moe, rounded to bf16.
+inline std::vector<std::string> rounded_act_formats(Packing packing) {
+  switch (packing) {
+    case Packing::nvfp4: return {"nvfp4", "fp8_block_e8m0"};
+    case Packing::mxfp4: return {"mxfp4", "mxfp8", "fp8_block_e8m0"};
+    case Packing::mxfp8: return {"mxfp8"};
+    default: return {};
+  }
+}
+
 // The weight side: b [E, n, k], or packed, its scales and bias. `name` is b's, "w13" say; num_rows, a and out are the caller's.
 inline GroupedGemmArgs weight_args(const char* op, const std::string& name, const Tensor& b, const std::optional<Tensor>& scale,
                                    const std::optional<Tensor>& global_scale, const std::optional<Tensor>& bias, Format format,

@@ -9,7 +9,7 @@
 //   fp8_block_scales(amax)                       common/quantize.cuh: float32 [n] -> float32 [n]
 //   choose_tactic(facts), possible_tactics(facts)  grouped_gemm/tactics_sm90.h: facts as (elements by number, num_rows,
 //                                                  num_experts, hidden_size, intermediate_size, num_sms, can_gather, can_split,
-//                                                  local_share)
+//                                                  local_share, rounds_acts)
 //   read_block_scaled(format, ...)               what a block-scaled grouped GEMM reads (block_scaled.cpp)
 // Arrays come and go as bytes.
 #include "host/device_shims.h"
@@ -157,7 +157,7 @@ py::bytes fp8_block_scales(const std::string& amax) {
   return to_bytes(scales);
 }
 
-using Facts = std::tuple<int, int64_t, int32_t, int64_t, int64_t, int32_t, bool, bool, double>;
+using Facts = std::tuple<int, int64_t, int32_t, int64_t, int64_t, int32_t, bool, bool, double, bool>;
 
 moe::sm90::LayerFacts layer_facts(const Facts& facts) {
   return std::apply([](int elements, auto... rest) { return moe::sm90::LayerFacts{moe::sm90::Elements(elements), rest...}; }, facts);

@@ -65,11 +65,11 @@ class Slots {
   float weight_;
 };
 
-// A chunk as it goes to a row when every row of the token gets the same. bf16 and fp16 are plain copies.
+// A chunk as it goes to a row when every row of the token gets the same. bf16 and fp16 are copies.
 template <Format kFormat, typename T, int kSize>
 __device__ __forceinline__ QuantizedChunk<kFormat, kSize> shared_chunk(const Chunk<T, kSize>& chunk,
                                                                        const GlobalScale& global_scale) {
-  if constexpr (!has_scale(kFormat)) {
+  if constexpr (!has_scale(kFormat) && !is_rounded(kFormat)) {
     const uint4 words = *reinterpret_cast<const uint4*>(&chunk);
     return {{words.x, words.y, words.z, words.w}};
   } else {
@@ -165,10 +165,11 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
   if (args.num_tokens == 0 || args.out.k == 0 || args.top_k == 0) return cudaSuccess;
   const bool vectorized = args.out.k % kChunk == 0 && aligned_16(args.hidden_states) && aligned_16(args.out.values);
   return dispatch_dtype(args.dtype, [&]<typename T>() {
-    return dispatch_format(args.format, [&]<Format kFormat>() {
+    auto run = [&]<Format kFormat>() {
       if constexpr (kCanHold<T, kFormat>) return launch_permute<T, kFormat>(args, vectorized, stream);
       return cudaErrorInvalidValue;
-    });
+    };
+    return is_rounded(args.format) ? dispatch_rounded(args.format, run) : dispatch_format(args.format, run);
   });
 }
 

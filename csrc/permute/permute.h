@@ -14,7 +14,7 @@ struct PermuteArgs {
   int64_t num_rows = 0;  // rows at or past it are never written
   Format format = Format::bf16;
   QuantizedMatrix out;       // [num_rows, out.k]
-  GlobalScale global_scale;  // nvfp4 only
+  GlobalScale global_scale;  // of nvfp4, and of as_nvfp4, which leaves it out of its numbers
 };
 
 cudaError_t permute(const PermuteArgs& args, cudaStream_t stream);

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gpu_layers import PACKED, W4A8, why_not
+from gpu_layers import BF16_LAYOUT, W4A8, why_not
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -14,7 +14,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
 
 
-@pytest.fixture(params=("bf16", "fp16", "fp8_block", *PACKED, W4A8))
+@pytest.fixture(params=("bf16", "fp16", "fp8_block", *BF16_LAYOUT, W4A8))
 def sm90_product(request: pytest.FixtureRequest) -> str:
     """All that cutlass_sm90 multiplies in its fused kernel."""
     if reason := why_not("cutlass_sm90"):

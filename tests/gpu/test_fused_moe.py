@@ -14,7 +14,10 @@ import torch
 from gpu_layers import (
     DEVICE,
     LAYER,
+    MXFP4_MXFP8,
     PACKED,
+    ROUNDED,
+    W4A4,
     W4A8,
     formats_of,
     layer,
@@ -42,6 +45,7 @@ GPU_FORMATS = ("bf16", "fp16", "fp8_block")
 # |got - dense| / |dense|. Three roundings of about the same size: gate_up's inputs or expert_out, act, output. The root
 # mean square of one is 0.0017 (bf16), 0.0002 (fp16), 0.027 (fp8_block, activations); weights are not counted.
 DENSE_ERROR = {"bf16": 6e-3, "fp16": 1e-3, "fp8_block": 5e-2, "nvfp4": 6e-3, "mxfp4": 6e-3, "mxfp8": 6e-3, W4A8: 5e-2}
+DENSE_ERROR |= {W4A4: 0.2, MXFP4_MXFP8: 6e-2}  # docs/tuning.md has their errors
 # |got - reference| / |reference|: one float8 step in a few activations out of a thousand, one unit of bf16 in a few
 # outputs out of a hundred.
 REFERENCE_ERROR = {
@@ -52,6 +56,8 @@ REFERENCE_ERROR = {
     "mxfp4": 4e-3,
     "mxfp8": 4e-3,
     W4A8: 5e-3,
+    W4A4: 5e-3,
+    MXFP4_MXFP8: 5e-3,
 }
 
 
@@ -62,7 +68,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=(*GPU_FORMATS, *PACKED, W4A8))
+@pytest.fixture(params=(*GPU_FORMATS, *PACKED, *ROUNDED, W4A8))
 def format(request: pytest.FixtureRequest) -> str:
     if needs_packing(request.param) and "backend" in request.fixturenames:
         if (backend := request.getfixturevalue("backend")) != "cutlass_sm90":

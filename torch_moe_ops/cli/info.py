@@ -2,7 +2,7 @@
 
 `info` prints build_info() and the versions of this machine, `info --json` the same as JSON, and `info --table` the
 Markdown table in README.md: cell (format, GPU) = the backends of grouped_gemm that take the pair, best first; before
-them those that take packed weights, with the activations that there is a layout for.
+them those that take packed weights, with the activations that there is a layout for, and those that fused_moe rounds.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from ..backends import CANDIDATES, Problem, explain_problem
 from ..build_info import build_info
 from ..formats import FORMATS
-from ..packed_weights import BLOCK_BYTES
+from ..packed_weights import BLOCK_BYTES, ROUNDED_ACTS
 
 TABLE_OP = "grouped_gemm"  # where a problem spends its time; the other ops have a CUDA kernel for every GPU
 TABLE_GPUS = {
@@ -59,20 +60,27 @@ def collect() -> dict[str, object]:
     }
 
 
-def backends_taking(format: str, sms: tuple[int, ...], **facts: object) -> list[str]:
+def backends_taking(format: str, sms: tuple[int, ...], op: str = TABLE_OP, **facts: object) -> list[str]:
     """The backends that take a format on all these GPUs, in preference order, given a build for all families."""
-    built = frozenset(CANDIDATES[TABLE_OP])
-    explanations = [explain_problem(Problem(TABLE_OP, "cuda", sm, built, format, **facts)) for sm in sms]
+    built = frozenset(CANDIDATES[op])
+    explanations = [explain_problem(Problem(op, "cuda", sm, built, format, **facts)) for sm in sms]
     refusals = {verdict.backend for each in explanations for verdict in each.verdicts if verdict.reason}
-    return [backend for backend in CANDIDATES[TABLE_OP] if backend not in refusals]
+    return [backend for backend in CANDIDATES[op] if backend not in refusals]
 
 
 def cell(format: str, sms: tuple[int, ...]) -> str:
-    packed: dict[str, list[str]] = {}
-    for act_format in BLOCK_BYTES.get(format, ()):
-        for name in backends_taking(format, sms, act_format=act_format, packed=True):
-            packed.setdefault(name, []).append(act_format)
-    names = [f"{name} ({', '.join(act_formats)} activations)" for name, act_formats in packed.items()]
+    def taking(act_formats: Iterable[str], op: str) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for act_format in act_formats:
+            for name in backends_taking(format, sms, op, act_format=act_format, packed=True):
+                names.setdefault(name, []).append(act_format)
+        return names
+
+    rounded = taking(ROUNDED_ACTS.get(format, ()), "fused_moe")
+    names = []
+    for name, act_formats in taking(BLOCK_BYTES.get(format, ()), TABLE_OP).items():
+        in_fused_moe = f"; in fused_moe {', '.join(rounded[name])}" if name in rounded else ""
+        names.append(f"{name} ({', '.join(act_formats)} activations{in_fused_moe})")
     return ", ".join(names + backends_taking(format, sms)) or "-"
 
 
