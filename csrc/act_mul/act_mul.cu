@@ -156,10 +156,10 @@ __global__ void __launch_bounds__(kThreads, kThreadsPerSm / kThreads) act_mul_in
 
 // bf16 and fp16 hold their own dtype, and what is still float32; what is rounded comes from a GEMM, in float32.
 template <typename T, Format kFormat>
-constexpr bool kCanHold = kFormat == Format::bf16      ? !std::is_same_v<T, __half>
-                          : kFormat == Format::fp16    ? !std::is_same_v<T, __nv_bfloat16>
-                          : is_rounded(kFormat) ? std::is_same_v<T, float>
-                                                       : true;
+constexpr bool kCanHold = kFormat == Format::bf16   ? !std::is_same_v<T, __half>
+                          : kFormat == Format::fp16 ? !std::is_same_v<T, __nv_bfloat16>
+                          : is_rounded(kFormat)     ? std::is_same_v<T, float>
+                                                    : true;
 
 template <typename T, Format kFormat>
 cudaError_t launch_act_mul(const ActMulArgs& args, bool vectorized, cudaStream_t stream) {

@@ -141,12 +141,12 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
   }
 }
 
-// Warps 1 to kTokenWarps: the tokens of a stage and, for float8, a_scale * b_scale of each (wave, token); the products leave
-// the consumers one FMA per value. The K blocks are dealt out in turn, and scales are loaded kAhead of a warp's own blocks ahead.
-// Every lane that stores scales says so itself.
+// At a stage's barrier, of the token warp: every lane that stores scales says so itself.
 template <class C>
 constexpr int kScaleArrivals = C::kFloat8 ? kLanes : 1;
 
+// Warps 1 to kTokenWarps: the tokens of a stage and, for float8, a_scale * b_scale of each (wave, token); the products leave
+// the consumers one FMA per value. The K blocks are dealt out in turn, and scales are loaded kAhead of a warp's own blocks ahead.
 template <class C>
 struct TokenLoader {
   static constexpr int kRowsPerLane = C::kMaxTokens / kLanes, kAhead = 128 / C::kMaxTokens;
