@@ -58,7 +58,7 @@ LAYERS = (  # experts, hidden, intermediate, top_k
     (6, 5120, 12288, 3),
 )
 TOKENS = (1, 4, 16, 48, 160, 512, 1536, 5120)
-HYSTERESIS = 1.0025  # the mean over 64 points of timings that repeat to 1 % is known to about 0.1 %
+HYSTERESIS = 1.0025  # the mean over 80 points of timings that repeat to 1 % is known to about 0.1 %
 UNMEASURED = 2.0  # times the best: what a tactic counts that was not measured because it is hopeless
 
 

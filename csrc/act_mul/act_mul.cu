@@ -188,11 +188,10 @@ cudaError_t act_mul(const ActMulArgs& args, cudaStream_t stream) {
   if (args.num_rows == 0 || args.out.k == 0) return cudaSuccess;
   const bool vectorized = args.out.k % kChunk == 0 && aligned_16(args.gate_up) && aligned_16(args.out.values);
   return dispatch_dtype(args.dtype, [&]<typename T>() {
-    auto run = [&]<Format kFormat>() {
+    return dispatch_act_format(args.format, [&]<Format kFormat>() {
       if constexpr (kCanHold<T, kFormat>) return launch_act_mul<T, kFormat>(args, vectorized, stream);
       return cudaErrorInvalidValue;
-    };
-    return is_rounded(args.format) ? dispatch_rounded(args.format, run) : dispatch_format(args.format, run);
+    });
   });
 }
 

@@ -15,27 +15,16 @@ enum class Format : int {
   as_fp8_block_e8m0, as_mxfp8, as_mxfp4, as_nvfp4
 };
 
+constexpr int kRounded = int(Format::as_nvfp4) - int(Format::nvfp4);  // the two orders are the same
+
 constexpr bool is_rounded(Format format) { return format >= Format::as_fp8_block_e8m0; }
 
-// What numbers of a format are rounded to.
-constexpr Format rounded_to(Format format) {
-  switch (format) {
-    case Format::as_fp8_block_e8m0: return Format::fp8_block_e8m0;
-    case Format::as_mxfp8: return Format::mxfp8;
-    case Format::as_mxfp4: return Format::mxfp4;
-    case Format::as_nvfp4: return Format::nvfp4;
-    default: return format;
-  }
-}
+// Of a rounded format, the one that its numbers are rounded to; others stay.
+constexpr Format rounded_to(Format format) { return is_rounded(format) ? Format(int(format) - kRounded) : format; }
 
+// The inverse; formats that have no rounded one stay.
 constexpr Format rounded(Format format) {
-  switch (format) {
-    case Format::fp8_block_e8m0: return Format::as_fp8_block_e8m0;
-    case Format::mxfp8: return Format::as_mxfp8;
-    case Format::mxfp4: return Format::as_mxfp4;
-    case Format::nvfp4: return Format::as_nvfp4;
-    default: return format;
-  }
+  return format >= Format::fp8_block_e8m0 && !is_rounded(format) ? Format(int(format) + kRounded) : format;
 }
 
 // Whether a scale is stored beside the values.
@@ -107,16 +96,20 @@ cudaError_t dispatch_format(Format format, Function&& function) {
   }
 }
 
-// The rounded ones.
+// For a rounded one, else an error.
 template <typename Function>
 cudaError_t dispatch_rounded(Format format, Function&& function) {
-  switch (format) {
-    case Format::as_fp8_block_e8m0: return function.template operator()<Format::as_fp8_block_e8m0>();
-    case Format::as_mxfp8: return function.template operator()<Format::as_mxfp8>();
-    case Format::as_mxfp4: return function.template operator()<Format::as_mxfp4>();
-    case Format::as_nvfp4: return function.template operator()<Format::as_nvfp4>();
-    default: return cudaErrorInvalidValue;
-  }
+  if (!is_rounded(format)) return cudaErrorInvalidValue;
+  return dispatch_format(rounded_to(format), [&]<Format kFormat>() {
+    if constexpr (is_rounded(rounded(kFormat))) return function.template operator()<rounded(kFormat)>();
+    return cudaErrorInvalidValue;
+  });
+}
+
+// For either kind.
+template <typename Function>
+cudaError_t dispatch_act_format(Format format, Function&& function) {
+  return is_rounded(format) ? dispatch_rounded(format, function) : dispatch_format(format, function);
 }
 
 }  // namespace moe

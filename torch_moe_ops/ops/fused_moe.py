@@ -93,7 +93,7 @@ def fused_moe(
         expert_map: int32 [Eg], from topk_ids to local experts or -1.
         format: of the weights.
         act_format: of the activations; "" = `format`. "bf16" or "fp16" with quantised weights is weight-only
-            quantisation; nvfp4 and mxfp4 weights also take "fp8_block", mxfp4 "mxfp8".
+            quantisation; nvfp4 and mxfp4 weights also take "fp8_block" and "fp8_block_e8m0", mxfp4 "mxfp8".
         activation, alpha, beta, limit: see `act_mul`.
         routed_scaling_factor: multiplies the output, once. Leave it at 1 if `topk` has applied it.
         apply_router_weight_on_input: multiply hidden_states, not the experts' outputs, by topk_weights; K = 1 only.

@@ -79,7 +79,7 @@ def grouped_gemm(
             A value that does not fit the range is an error on a CPU, and clamped on a GPU.
         format: of b.
         act_format: of a; "" = `format`. "bf16" or "fp16" with quantised weights is weight-only quantisation; nvfp4 and
-            mxfp4 weights also take "fp8_block", mxfp4 "mxfp8".
+            mxfp4 weights also take "fp8_block" and "fp8_block_e8m0", mxfp4 "mxfp8".
         b_parts: b[e] is this many equally tall matrices on top of each other (2 for w13: gate over up); scale blocks
             and global scales are counted within each.
         out_dtype: bfloat16, float16 or float32; if absent that of a where it is bfloat16 or float16, else bfloat16.
