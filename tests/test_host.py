@@ -13,6 +13,7 @@ from torch import Tensor
 
 import torch_moe_ops as moe
 from torch_moe_ops.formats import FORMATS
+from torch_moe_ops.packed_weights import ROUNDED_ACTS
 from torch_moe_ops.scale_layouts import SCALE_LAYOUTS
 
 host = pytest.importorskip("torch_moe_ops._host", reason="needs the optional module, which is built with pybind11")
@@ -110,6 +111,7 @@ def test_the_kernels_give_experts_atoms_of_their_own(counts: list[int], columns:
 
 # ---- quantisers ------------------------------------------------------------------------------------------------------
 
+ROUNDED = {act_format for acts in ROUNDED_ACTS.values() for act_format in acts}
 QUANTISED = [name for name, format in FORMATS.items() if format.has_scale]
 # Blocks that break quantisers: nothing, one number, NaN, infinity, denormals, ties, the ends of every type.
 AWKWARD = [
@@ -128,7 +130,7 @@ floats = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnorma
 
 
 def check_block(name: str, xs: list[float], global_scale: float) -> None:
-    """One block: codes (any NaN equals any NaN) and stored scale, bit for bit."""
+    """One block: codes (any NaN equals any NaN) and stored scale, bit for bit, and the numbers that they stand for."""
     format = FORMATS[name]
     x = torch.tensor([xs + [0.0] * (-len(xs) % 8)], dtype=torch.float32)
     given = torch.tensor([global_scale]) if format.has_global_scale else None
@@ -140,6 +142,14 @@ def check_block(name: str, xs: list[float], global_scale: float) -> None:
     assert ((got == expected) | is_nan).all(), (xs, got.tolist(), expected.tolist())
     integer = torch.int32 if scale.dtype == torch.float32 else torch.uint8
     assert stored == scale.view(integer).item() & 0xFFFFFFFF
+    if name in ROUNDED:
+        numbers = format.dequantize(values, scale, (1, x.shape[1])).flatten()
+        rounded = torch.frombuffer(
+            bytearray(host.round_block(name, x.numpy().tobytes(), global_scale)), dtype=torch.float32
+        )
+        assert torch.equal(rounded.isnan(), numbers.isnan()) and torch.equal(
+            rounded.nan_to_num(), numbers.nan_to_num()
+        ), xs
 
 
 @pytest.mark.parametrize("name", QUANTISED)

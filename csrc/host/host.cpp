@@ -6,6 +6,7 @@
 //   pack_scale(layout, scale, rows, columns, expert_offsets)      what each thread of the CUDA kernels does, one by one;
 //   unpack_scale(layout, packed, rows, columns, expert_offsets)   layout by its number, expert_offsets may be empty
 //   quantize_block(format, x, global_scale)      common/quantize.cuh: float32 [n] -> (value bytes, stored scale)
+//   round_block(format, x, global_scale)         common/quantize.cuh: float32 [n] -> float32 [n], what a rounded format stores
 //   fp8_block_scales(amax)                       common/quantize.cuh: float32 [n] -> float32 [n]
 //   choose_tactic(facts), possible_tactics(facts)  grouped_gemm/tactics_sm90.h: facts as (elements by number, num_rows,
 //                                                  num_experts, hidden_size, intermediate_size, num_sms, can_gather, can_split,
@@ -113,6 +114,12 @@ py::bytes move_scales(int layout, const std::string& from, int rows, int columns
   return to_bytes(scale);
 }
 
+std::vector<float> floats_of(const std::string& bytes) {
+  std::vector<float> floats(bytes.size() / sizeof(float));
+  std::copy_n(bytes.data(), floats.size() * sizeof(float), reinterpret_cast<char*>(floats.data()));
+  return floats;
+}
+
 // One block as the lanes of a warp quantise it together: the amax of their chunks, one scale, each chunk's values.
 template <moe::Format kFormat>
 std::pair<py::bytes, uint32_t> quantize_chunks(const std::vector<float>& x, float global_scale) {
@@ -139,8 +146,7 @@ std::pair<py::bytes, uint32_t> quantize_chunks(const std::vector<float>& x, floa
 
 std::pair<py::bytes, uint32_t> quantize_block(const std::string& format, const std::string& x, float global_scale) {
   using moe::Format;
-  std::vector<float> floats(x.size() / sizeof(float));
-  std::copy_n(x.data(), floats.size() * sizeof(float), reinterpret_cast<char*>(floats.data()));
+  const std::vector<float> floats = floats_of(x);
   if (format == "int8") return quantize_chunks<Format::int8>(floats, global_scale);
   if (format == "fp8_block") return quantize_chunks<Format::fp8_block>(floats, global_scale);
   if (format == "fp8_block_e8m0") return quantize_chunks<Format::fp8_block_e8m0>(floats, global_scale);
@@ -150,9 +156,26 @@ std::pair<py::bytes, uint32_t> quantize_block(const std::string& format, const s
   throw py::value_error("quantize_block: format: expected a quantised format, got " + format);
 }
 
+template <moe::Format kFormat>
+py::bytes round_floats(std::vector<float> x, float global_scale) {
+  float amax = 0.f;
+  for (float element : x) amax = fmaxf(amax, fabsf(element));
+  const moe::Rounding<kFormat> rounding(amax, global_scale);
+  for (float& element : x) element = rounding(element);
+  return to_bytes(x);
+}
+
+py::bytes round_block(const std::string& format, const std::string& x, float global_scale) {
+  using moe::Format;
+  if (format == "fp8_block_e8m0") return round_floats<Format::as_fp8_block_e8m0>(floats_of(x), global_scale);
+  if (format == "mxfp8") return round_floats<Format::as_mxfp8>(floats_of(x), global_scale);
+  if (format == "mxfp4") return round_floats<Format::as_mxfp4>(floats_of(x), global_scale);
+  if (format == "nvfp4") return round_floats<Format::as_nvfp4>(floats_of(x), global_scale);
+  throw py::value_error("round_block: format: expected fp8_block_e8m0, mxfp8, mxfp4 or nvfp4, got " + format);
+}
+
 py::bytes fp8_block_scales(const std::string& amax) {
-  std::vector<float> scales(amax.size() / sizeof(float));
-  std::copy_n(amax.data(), scales.size() * sizeof(float), reinterpret_cast<char*>(scales.data()));
+  std::vector<float> scales = floats_of(amax);
   for (float& x : scales) x = moe::fp8_block_scale(x);
   return to_bytes(scales);
 }
@@ -183,6 +206,7 @@ PYBIND11_MODULE(_host, module) {
   module.def("pack_scale", &move_scales<true>, "layout"_a, "scale"_a, "rows"_a, "columns"_a, "expert_offsets"_a);
   module.def("unpack_scale", &move_scales<false>, "layout"_a, "packed"_a, "rows"_a, "columns"_a, "expert_offsets"_a);
   module.def("quantize_block", &quantize_block, "format"_a, "x"_a, "global_scale"_a = 1.f);
+  module.def("round_block", &round_block, "format"_a, "x"_a, "global_scale"_a = 1.f);
   module.def("fp8_block_scales", &fp8_block_scales, "amax"_a);
   module.def("choose_tactic", &choose_tactic, "facts"_a);
   module.def("possible_tactics", &possible_tactics, "facts"_a);
