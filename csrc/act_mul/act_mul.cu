@@ -69,20 +69,16 @@ __device__ __forceinline__ void activate_pair(const ActMulArgs& args, ChunkPair<
   float gate[kSize], up[kSize];
   to_floats(pair.first, gate);
   to_floats(pair.second, up);
-  ActivationParams params = args.activation;
-  auto activate_all = [&]<Activation kKind>(ActivationConstant<kKind>) {
+  const ActivationParams& params = args.activation;
+  auto activate_all = [&](auto activate) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) y[i] = activate<kKind>(params, gate[i], up[i]);
+    for (int i = 0; i < kSize; ++i) y[i] = activate(gate[i], up[i]);
   };
-  if (params.kind == Activation::silu && !params.has_limit) {
-    params.has_limit = false;  // known at compile time here: else a branch for each element
-    return activate_all(ActivationConstant<Activation::silu>{});
-  }
-  if (is_gated(params.kind)) return with_gated_activation(params.kind, activate_all);
   switch (params.kind) {
-    case Activation::relu2_no_mul: return activate_all(ActivationConstant<Activation::relu2_no_mul>{});
-    case Activation::gelu_no_mul: return activate_all(ActivationConstant<Activation::gelu_no_mul>{});
-    default: return activate_all(ActivationConstant<Activation::silu_no_mul>{});
+    case Activation::relu2_no_mul: return activate_all(ActivationFunction<Activation::relu2_no_mul>{params});
+    case Activation::gelu_no_mul: return activate_all(ActivationFunction<Activation::gelu_no_mul>{params});
+    case Activation::silu_no_mul: return activate_all(ActivationFunction<Activation::silu_no_mul>{params});
+    default: return with_gated_activation(params, activate_all);
   }
 }
 

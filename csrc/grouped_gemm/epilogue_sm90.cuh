@@ -6,7 +6,7 @@
 
 namespace moe::sm90 {
 
-// Named barriers 1 and 2: one warpgroup each; 3: all consumers.
+// Named barriers 1 and 2: one warpgroup each; 3: all consumers; 4 to 7: two warps (half-wide tiles).
 __device__ __forceinline__ void sync_threads(int barrier, int count) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory"); }
 
 __device__ __forceinline__ float load_bias(const GemmParams& g, int64_t index) {
@@ -54,7 +54,7 @@ struct NarrowEpilogue {
 
   static __device__ int token_of(int i, int lane) { return 8 * (i / 4) + 2 * (lane % 4) + i % 2; }  // of accumulator i
 
-  __device__ void add_bias(int wave) {
+  __device__ __forceinline__ void add_bias(int wave) {
     int32_t part, row;
     wave_origin<C>(p, tile, wave, part, row);
 #pragma unroll
@@ -81,7 +81,7 @@ struct NarrowEpilogue {
 
   // out[token, column .. column + 64) = this warpgroup's rows of a wave; `columns` of them exist.
   template <int kFirst>
-  __device__ void store_16bit(int32_t column, int32_t columns) {
+  __device__ __forceinline__ void store_16bit(int32_t column, int32_t columns) {
     if constexpr (kTokens <= 16) {  // so little that three barriers cost more than stores of 2 bytes
       auto out = static_cast<uint16_t*>(g.out) + first_value(column);
       return for_each_value(columns, [&](int32_t offset, int i) { out[offset] = uint16_t(pack_16bit(g.out_dtype, total[kFirst + i], 0.f)); });
@@ -113,7 +113,7 @@ struct NarrowEpilogue {
 
   // The same for float32 out: eight lanes hold eight neighbouring columns, so registers go straight to memory.
   template <int kFirst>
-  __device__ void store_float32(int32_t column, int32_t columns) {
+  __device__ __forceinline__ void store_float32(int32_t column, int32_t columns) {
     auto out = static_cast<float*>(g.out) + first_value(column);
     for_each_value(columns, [&](int32_t offset, int i) { out[offset] = total[kFirst + i]; });
   }
@@ -127,7 +127,7 @@ struct NarrowEpilogue {
   }
 
   // act of 128 channels (wave 0), requantised: scale[token] = fp8_block_scale(amax over the channels).
-  __device__ void store_quantized() {
+  __device__ __forceinline__ void store_quantized() {
     uint8_t* staging = smem.staging_ptr;
     float* amax = reinterpret_cast<float*>(staging + 64 * 128);  // [8 warps][kTokens]
     float* inverse = amax + 8 * kTokens;                         // [kTokens]
@@ -210,7 +210,7 @@ struct NarrowEpilogue {
     for (int i = 0; i < kWave; ++i) total[wave * kWave + i] *= scale;
   }
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     if constexpr (C::kPacked) unrolled<C::kWaves>([&](auto w) { apply_global_scale(w); });
     if (g.bias != nullptr) unrolled<C::kWaves>([&](auto w) { add_bias(w); });
     if constexpr (C::kGated) {
@@ -228,10 +228,10 @@ struct NarrowEpilogue {
     });
   }
 
-  __device__ void store_activated() {
-    with_gated_activation(p.activation.kind, [&](auto kind) {
+  __device__ __forceinline__ void store_activated() {
+    with_gated_activation(p.activation, [&](auto activate) {
 #pragma unroll
-      for (int i = 0; i < kWave; ++i) total[i] = activate<decltype(kind)::value>(p.activation, total[i], total[kWave + i]);
+      for (int i = 0; i < kWave; ++i) total[i] = activate(total[i], total[kWave + i]);
     });
     with_rounding<C>(p.act_format, [&]<Format kFormat>() { round_act<kFormat>(); });
     const int32_t row = tile.row + warpgroup * 64;

@@ -1,26 +1,31 @@
-// Wide epilogue of the SM90 grouped GEMM: wave w of a warpgroup is [64 tokens, 128 weight rows]. A token lies in four lanes
-// of one warp, so nothing here waits for another warp.
+// Wide epilogue of the SM90 grouped GEMM. A token lies in four lanes of one warp, so that nothing here waits for another warp, unless the tile is
+// half-wide: then the warpgroups have the same tokens.
+//   wide:      wave w of a warpgroup is total[w * 64 ..] = [its 64 tokens, 128 weight rows]
+//   half-wide: total[0 ..] = [64 tokens, 128 weight rows of the wave of the warpgroup's number]; of the act, each has half of the channels
 #pragma once
 #include "grouped_gemm/epilogue_sm90.cuh"
 
 namespace moe::sm90 {
 
-template <class C>
+template <class C, bool kHalfWide>
 struct WideEpilogue {
+  static constexpr int kWave = kHalfWide ? 32 : 64;  // values a thread has of gate and of up, two channels each
   const KernelParams& p;
   const Smem<C>& smem;
   const Tile tile;
   const GemmParams& g;
   float (&total)[C::kWaves * 64];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int warp_token = warp * 16;                  // first of the 16 tokens of this warp
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warpgroup = warp / 4;
+  const int warp_token = (kHalfWide ? warp % 4 : warp) * 16;  // first of the 16 tokens of this warp
   const uint32_t staging = smem.staging + warp * 16 * 128;
   const uint8_t* staging_ptr = smem.staging_ptr + warp * 16 * 128;
 
   __device__ int token_of(int half) const { return warp_token + lane / 4 + 8 * half; }  // of accumulators with i / 2 % 2 == half
   __device__ int column_of(int i) const { return 8 * (i / 4) + 2 * (lane % 4) + i % 2; }
 
-  __device__ void add_bias(int wave) {
+  // To total[kFirst ..], of a wave.
+  template <int kFirst>
+  __device__ __forceinline__ void add_bias(int wave) {
     int32_t part, row;
     wave_origin<C>(p, tile, wave, part, row);
 #pragma unroll
@@ -28,13 +33,13 @@ struct WideEpilogue {
       if (i / 2 % 2 == 1) continue;
       const int32_t r = row + column_of(i);
       const float bias = r < g.part_rows ? load_bias(g, (int64_t(tile.expert) * g.parts + part) * g.part_rows + r) : 0.f;
-      total[wave * 64 + i] += bias;
-      total[wave * 64 + i + 2] += bias;
+      total[kFirst + i] += bias;
+      total[kFirst + i + 2] += bias;
     }
   }
 
   // 16 tokens x 128 bytes from staging to out, 16 bytes a lane; `bytes` of the 128 exist.
-  __device__ void copy_out(uint8_t* out, int64_t stride, int32_t bytes) {
+  __device__ __forceinline__ void copy_out(uint8_t* out, int64_t stride, int32_t bytes) {
     __syncwarp();
 #pragma unroll
     for (int t = lane / 8; t < 16; t += 4) {
@@ -46,11 +51,11 @@ struct WideEpilogue {
     __syncwarp();  // read before it is written again
   }
 
-  // out[token, column .. column + 128) = a wave; `columns` of them exist.
-  template <int kFirst>
-  __device__ void store_16bit(int32_t column, int32_t columns) {
+  // out[token, column .. column + kColumns) = total[kFirst ..]; `columns` of them exist.
+  template <int kFirst, int kColumns>
+  __device__ __forceinline__ void store_16bit(int32_t column, int32_t columns) {
 #pragma unroll
-    for (int first = 0; first < 128; first += 64) {
+    for (int first = 0; first < kColumns; first += 64) {
       if (first >= columns) break;
       auto packed = [&](int group, int half) {
         const int i = kFirst + 4 * (first / 8 + group) + 2 * half;
@@ -65,7 +70,7 @@ struct WideEpilogue {
   }
 
   template <int kFirst>
-  __device__ void store_float32(int32_t column, int32_t columns) {
+  __device__ __forceinline__ void store_float32(int32_t column, int32_t columns) {
     auto out = static_cast<float*>(g.out);
 #pragma unroll
     for (int i = 0; i < 64; i += 2) {
@@ -75,54 +80,94 @@ struct WideEpilogue {
     }
   }
 
-  // act of 128 channels (wave 0), requantised.
-  __device__ void store_quantized() {
-    const int32_t channels = min(128, g.part_rows - tile.row);
-    float inverse[2];
+  // total[kFirst ..] is a wave of out.
+  template <int kFirst>
+  __device__ __forceinline__ void store_wave(int wave) {
+    int32_t part, row;
+    wave_origin<C>(p, tile, wave, part, row);
+    const int32_t column = part * g.part_rows + row, columns = g.part_rows - row;
+    if (g.out_dtype == DType::float32) store_float32<kFirst>(column, columns);
+    else store_16bit<kFirst, 128>(column, columns);
+  }
+
+  // act, total[0 ..], of this warpgroup's channels from `channel` on, requantised; the 128 of the tile share a scale.
+  __device__ __forceinline__ void store_quantized(int32_t channel) {
+    float amax[2] = {0.f, 0.f}, inverse[2];  // fmaxf ignores NaN, as the contract says; past the last channel all is 0
+#pragma unroll
+    for (int i = 0; i < kWave; ++i) amax[i / 2 % 2] = fmaxf(amax[i / 2 % 2], fabsf(total[i]));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float m = 0.f;  // fmaxf ignores NaN, as the contract says
+      amax[half] = fmaxf(amax[half], __shfl_xor_sync(~0u, amax[half], 1));
+      amax[half] = fmaxf(amax[half], __shfl_xor_sync(~0u, amax[half], 2));
+    }
+    if constexpr (kHalfWide) {
+      float others[2] = {amax[0], amax[1]};
+      exchange(others);
+      for (int half = 0; half < 2; ++half) amax[half] = fmaxf(amax[half], others[half]);
+    }
 #pragma unroll
-      for (int i = 0; i < 64; ++i)
-        if (i / 2 % 2 == half && 8 * (i / 4) < channels) m = fmaxf(m, fabsf(total[i]));
-      m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-      m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-      const float scale = fp8_block_scale(m);
+    for (int half = 0; half < 2; ++half) {
+      const float scale = fp8_block_scale(amax[half]);
       inverse[half] = __fdiv_rn(1.f, scale);
-      if (lane % 4 == 0 && token_of(half) < tile.valid_tokens)
+      if (lane % 4 == 0 && channel == tile.row && token_of(half) < tile.valid_tokens)
         p.act_scale[int64_t(tile.token + token_of(half)) * p.act_scale_stride_row + (tile.row / 128) * p.act_scale_stride_k] = scale;
     }
 #pragma unroll
-    for (int i = 0; i < 64; i += 2) {
+    for (int i = 0; i < kWave; i += 2) {
       const int half = i / 2 % 2, column = column_of(i);
       const float2 v = make_float2(__fmul_rn(total[i], inverse[half]), __fmul_rn(total[i + 1], inverse[half]));
       const uint16_t pair = __nv_cvt_float2_to_fp8x2(v, __NV_SATFINITE, __NV_E4M3);
       asm volatile("st.shared.u16 [%0], %1;" ::"r"(staging + staged(lane / 4 + 8 * half, column / 16) + column % 16), "h"(pair) : "memory");
     }
-    copy_out(static_cast<uint8_t*>(g.out) + tile.row, g.out_stride, channels);
+    copy_out(static_cast<uint8_t*>(g.out) + channel, g.out_stride, min(2 * kWave, g.part_rows - channel));
   }
 
-  __device__ void run() {
-    if (g.bias != nullptr) unrolled<C::kWaves>([&](auto w) { add_bias(w); });
+  // Half-wide: values[i] becomes that of the same lane of the other warpgroup's warp with the same tokens. Through both warps' staging.
+  template <int kCount>
+  __device__ __forceinline__ void exchange(float (&values)[kCount]) {
+    const auto at = [&](int of_warp, int i) { return smem.staging + of_warp * 16 * 128 + (i * 32 + lane) * 4; };
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("st.shared.f32 [%0], %1;" ::"r"(at(warp, i)), "f"(values[i]) : "memory");
+    sync_threads(4 + warp % 4, 64);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("ld.shared.f32 %0, [%1];" : "=f"(values[i]) : "r"(at(warp ^ 4, i)) : "memory");
+    sync_threads(4 + warp % 4, 64);  // read, before it is written again
+  }
+
+  // Half-wide: gate and up of 64 channels of its tokens, instead of one of them of 128; total[0 ..] and total[32 ..].
+  __device__ __forceinline__ void exchange_gate_and_up() {
+#pragma unroll
+    for (int first = 0; first < 32; first += 16) {  // as many as staging holds
+      float values[16];
+#pragma unroll
+      for (int i = 0; i < 16; ++i) values[i] = warpgroup == 0 ? total[32 + first + i] : total[first + i];
+      exchange(values);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) (warpgroup == 0 ? total[32 + first + i] : total[first + i]) = values[i];
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    if (g.bias != nullptr) {
+      if constexpr (kHalfWide) add_bias<0>(warpgroup);
+      else unrolled<C::kWaves>([&](auto w) { add_bias<w * 64>(w); });
+    }
     if constexpr (C::kGated) {
       if (tile.gemm == 0) return store_activated();
     }
-    unrolled<C::kWaves>([&](auto w) {
-      int32_t part, row;
-      wave_origin<C>(p, tile, w, part, row);
-      const int32_t column = part * g.part_rows + row, columns = g.part_rows - row;
-      if (g.out_dtype == DType::float32) store_float32<w * 64>(column, columns);
-      else store_16bit<w * 64>(column, columns);
-    });
+    if constexpr (kHalfWide) store_wave<0>(warpgroup);
+    else unrolled<C::kWaves>([&](auto w) { store_wave<w * 64>(w); });
   }
 
-  __device__ void store_activated() {
-    with_gated_activation(p.activation.kind, [&](auto kind) {
+  __device__ __forceinline__ void store_activated() {
+    if constexpr (kHalfWide) exchange_gate_and_up();
+    with_gated_activation(p.activation, [&](auto activate) {
 #pragma unroll
-      for (int i = 0; i < 64; ++i) total[i] = activate<decltype(kind)::value>(p.activation, total[i], total[64 + i]);
+      for (int i = 0; i < kWave; ++i) total[i] = activate(total[i], total[kWave + i]);
     });
-    if constexpr (C::kFloat8) store_quantized();
-    else store_16bit<0>(tile.row, g.part_rows - tile.row);
+    const int32_t channel = tile.row + (kHalfWide ? warpgroup * 64 : 0);
+    if constexpr (C::kFloat8) store_quantized(channel);
+    else store_16bit<0, 2 * kWave>(channel, g.part_rows - channel);
   }
 };
 

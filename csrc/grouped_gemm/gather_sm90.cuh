@@ -71,50 +71,36 @@ struct Gather {
   }
 };
 
-// In place of load_tokens(). Every lane of every token warp arrives at every stage, and the warp whose turn the K block is once more.
+// Of GEMM1, in place of load_tokens(), which then takes over. Every lane of every token warp arrives at every stage, and the warp whose turn
+// the K block is once more.
 template <class C>
 constexpr int kGatherArrivals = C::kTokenWarps * kLanes + kScaleArrivals<C>;
 
 template <class C>
 __device__ void gather_tokens(const KernelParams& p, const Smem<C>& smem, int warp) {
-  static_assert(C::kCanGather && TokenLoader<C>::kAhead == 1);
+  static_assert(C::kCanGather);
   PipelineState<C::kStages> pipe;
   PipelineState<kTileSlots> slot;
   TokenLoader<C> loader{p, smem};
   Gather<C> gather{p, loader, warp};
-  // f(K block, whether it is this warp's turn, its scales) for all of a tile, each with its stage empty.
-  auto for_each_stage = [&](auto&& load_scales, auto&& f) {
-    const int k_stages = p.gemm[loader.tile.gemm].k_stages;
-    typename TokenLoader<C>::Scales scales;
-    int turn = warp;  // the next K block whose scales are this warp's
-    if (C::kFloat8 && turn < k_stages) scales = load_scales(turn);
-    for (int kb = 0; kb < k_stages; ++kb, pipe.advance()) {
-      smem.empty[pipe.stage].wait(pipe.phase ^ 1);
-      f(kb, kb == turn, scales);
-      if (kb != turn) continue;
-      turn += C::kTokenWarps;
-      if (C::kFloat8 && turn < k_stages) scales = load_scales(turn);
-    }
-  };
+  const int k_stages = p.gemm[0].k_stages;
   while (true) {
     loader.tile = wait_tile(smem, slot);
+    if (loader.tile.size == 0 || loader.tile.gemm == 1) return load_tokens<C>(p, smem, warp, pipe, slot);
     release_tile(smem, slot);  // copied
-    if (loader.tile.size == 0) return;
     loader.start_tile();
-    if (loader.tile.gemm == 1) {
-      for_each_stage([&](int kb) { return loader.load_scales(kb); },
-                     [&](int kb, bool turn, const auto& scales) {
-                       if (turn) loader.fill(pipe.stage, kb, scales);
-                       smem.full[pipe.stage].arrive();
-                     });
-      continue;
-    }
     gather.start_tile();
-    for_each_stage([&](int kb) { return gather.load_scales(kb); },
-                   [&](int kb, bool turn, const auto& scales) {
-                     gather.copy(pipe.stage, kb);
-                     if (turn) loader.store_scales(pipe.stage, scales);
-                   });
+    typename TokenLoader<C>::Scales scales;
+    int turn = warp;  // the next K block whose scales are this warp's
+    if (C::kFloat8 && turn < k_stages) scales = gather.load_scales(turn);
+    for (int kb = 0; kb < k_stages; ++kb, pipe.advance()) {
+      smem.empty[pipe.stage].wait(pipe.phase ^ 1);
+      gather.copy(pipe.stage, kb);
+      if (kb != turn) continue;
+      loader.template store_scales<false>(pipe.stage, scales);
+      turn += C::kTokenWarps;
+      if (C::kFloat8 && turn < k_stages) scales = gather.load_scales(turn);
+    }
   }
 }
 

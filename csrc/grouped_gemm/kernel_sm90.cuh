@@ -11,11 +11,12 @@
 //   strides)
 //   1 or 2 consumer warpgroups: wgmma, promotion (float8), epilogue
 //
-// Narrow tiles (8 to 64 tokens): weight rows are wgmma's 64-row operand and tokens its N operand ("swap A/B"), so that
+// Narrow tiles (8 to 32 tokens, or 64): weight rows are wgmma's 64-row operand and tokens its N operand ("swap A/B"), so that
 // decode multiplies hardly more tokens than there are. Wide tiles (128 tokens): tokens are the 64-row operand, one half
 // for each warpgroup; a thread then needs two token scales a K block, where narrow tiles read one for each of its tokens
 // (at 128 tokens ncu showed L1/shared memory 79 % busy with those, 50 % without). In both, gate and up of one channel
-// meet in one thread, because a warpgroup computes one wave of gate rows and one of up rows (Mode::gated).
+// meet in one thread, because a warpgroup computes one wave of gate rows and one of up rows (Mode::gated). Half-wide tiles (64 tokens, where a
+// kernel has wide ones of two waves): each warpgroup multiplies one wave by all tokens, and then they exchange gate for up.
 //
 // Two GEMMs in one launch: tiles of GEMM2 are drawn after all of GEMM1, and wait until the act of their tokens is complete
 // (`ready`; split: gate_up itself says so). Their weights do not wait: the pipeline fills with them while GEMM1 ends. Every tile
@@ -40,6 +41,7 @@ namespace moe::sm90 {
 
 constexpr int kMaxExperts = 1024;
 constexpr int kTileSlots = 8;       // tiles drawn and not finished
+constexpr int kDrawStages = 12;     // narrow tiles that have fewer are drawn several at a time, up to so many stages in all
 constexpr int kSmemLimit = 232448;  // bytes a thread block can have on SM90; two share 1 KiB more than that, and need 1 KiB each
 constexpr int kLanes = 32;
 constexpr int kRowBytes = 128;      // of K, of an operand row in shared memory
@@ -75,7 +77,7 @@ struct Config {
   static constexpr int kStagingBytes = kStoreBytes > kQuantBytes ? kStoreBytes : kQuantBytes;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;  // 2: the latency of unpacking weights is hidden, but each tile takes longer
   static constexpr int kRowTokenBytes = kSplit ? 2 * kMaxSplitSlots : 0;
-  static constexpr int kFixedBytes = 1024 + kStagingBytes + 8 * (kMaxExperts + 1) + kRowTokenBytes + 20 * 16 + kTileSlots * 64;
+  static constexpr int kFixedBytes = kStagingBytes + 8 * (kMaxExperts + 1) + kRowTokenBytes + 20 * 16 + kTileSlots * 64;
   static constexpr int kFittingStages = ((kBlocksPerSm == 2 ? kSmemLimit / 2 - 512 : kSmemLimit) - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kFittingStages < 18 ? kFittingStages : 18;
   static constexpr int kSmemBytes = kFixedBytes + kStages * kStageBytes;
@@ -85,10 +87,10 @@ struct Config {
   static constexpr int kTokenWarps = kSplit ? (kStages * kTokenSteps < 7 ? kStages * kTokenSteps : 7) : kFloat8 || kCanGather ? 3 : 1;
   static constexpr int kThreads = kConsumers + (kSplit ? 256 : 128);
   static constexpr int kReaders = kConsumers / 32 + kTokenWarps;  // warps that are told of a tile
-  // With 64 and 128 tokens in one kernel of two waves, ptxas runs out of registers and makes every wgmma wait (C7511):
-  // 33 to 64 tokens then take a wide tile.
-  static constexpr bool kHas64 = kMaxTokens == 64 || (kMaxTokens == 128 && (kWaves == 1 || kPacked));
+  // With narrow tiles of 64 tokens beside wide ones of two waves, ptxas runs out of registers and makes every wgmma wait (C7511): those kernels
+  // have half-wide ones, which take the wide ones' loop.
   static constexpr bool kHasWide = kMaxTokens == 128 && !kPacked;  // packed weights are an operand in registers: the 64-row one
+  static constexpr bool kHasHalfWide = kHasWide && kWaves == 2;
   // Registers a thread, moved from producers to consumers. The three warpgroups start with 168 each (80 with two thread blocks an SM) and
   // share exactly that: asking for more waits for ever.
   static constexpr bool kRebalanceRegisters = kWarpgroups == 2 && kThreads == 384;
@@ -133,8 +135,7 @@ struct Smem {
 
   bool gathered;        // GEMM1's tokens come by cp.async (gather_sm90.cuh)
 
-  __device__ Smem(uint8_t* raw, bool gathered) : gathered(C::kCanGather && gathered) {
-    uint8_t* base = raw + (-cute::cast_smem_ptr_to_uint(raw) & 1023u);
+  __device__ Smem(uint8_t* base, bool gathered) : gathered(C::kCanGather && gathered) {
     tokens = cute::cast_smem_ptr_to_uint(base);
     weights = tokens + C::kStages * C::kTokenBytes;
     staging = weights + C::kStages * C::kWeightBytes;
@@ -157,31 +158,51 @@ __device__ __forceinline__ int32_t rows_in_use(const KernelParams& p, int32_t ex
   return C::kFused || p.expert_rows == nullptr || size == 0 ? size : moe::rows_in_use(p.expert_rows[expert], size);
 }
 
+__device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
 // Finds tiles by their index, in any increasing order. Within an expert, tiles with the same weight rows follow each other. The last
 // expert's tiles come first: a shared expert that is fused with the routed ones is the last, and its tiles, of all tokens, take longest.
 template <class C>
 struct TileFinder {
   const KernelParams& p;
   const Smem<C>& smem;
-  int32_t gemm = 0, begin = 0, end = 0;  // the tiles of this GEMM
-  int32_t row_tiles, tiles_per_part, expert;
+  int32_t gemm = 0, begin = 0, end = 0;                  // the tiles of this GEMM
+  int32_t first_draw = 0, end_draw = 0, per_draw;        // its draws, of that many neighbouring tiles each
+  int32_t row_tiles, tiles_per_part;
+  int32_t expert, first_token_tile, token_tiles;         // of the tile found last
+  uint32_t ready;                                        // gated, GEMM2: of which of its token tiles (the first 32) act is complete
 
   __device__ TileFinder(const KernelParams& p, const Smem<C>& smem) : p(p), smem(smem) { start_gemm(); }
 
   __device__ bool both_parts() const { return C::kGated && gemm == 0; }
+  __device__ int32_t row_step() const { return both_parts() ? C::kWaveRows : C::kRows; }
 
   __device__ void start_gemm() {
-    const int32_t step = both_parts() ? C::kWaveRows : C::kRows;
+    const int32_t step = row_step(), k_stages = p.gemm[gemm].k_stages;
     tiles_per_part = (p.gemm[gemm].part_rows + step - 1) / step;
     row_tiles = both_parts() ? tiles_per_part : tiles_per_part * p.gemm[gemm].parts;
     begin = end;
     end += smem.tile_begin[p.num_experts] * row_tiles;
+    per_draw = C::kSplit || C::kMaxTokens == 128 || p.tile_counter == nullptr ? 1 : max(1, min(kTileSlots / 2, kDrawStages / k_stages));
+    first_draw = end_draw;
+    end_draw += (end - begin + per_draw - 1) / per_draw;
     expert = p.num_experts - 1;
   }
 
   __device__ void start_next() {
     ++gemm;
     start_gemm();
+  }
+
+  // [index, last): the tiles of a draw; at or past the end if there are none.
+  __device__ void tiles_of(int32_t draw, int32_t& index, int32_t& last) {
+    while (draw >= end_draw && gemm + 1 < p.num_gemms) start_next();
+    index = begin + (draw - first_draw) * per_draw;
+    last = min(index + per_draw, end);
   }
 
   // Warp-collective: 32 experts are tried at once.
@@ -191,8 +212,9 @@ struct TileFinder {
       start_next();
     }
     index = end - 1 - index;
+    const int lane = threadIdx.x & 31;
     while (true) {
-      const int e = expert - (threadIdx.x & 31);
+      const int e = expert - lane;
       const bool past = e <= 0 || smem.tile_begin[e] * row_tiles <= index;
       const uint32_t mask = __ballot_sync(~0u, past);
       if (mask) {
@@ -201,32 +223,41 @@ struct TileFinder {
       }
       expert -= 32;
     }
-    const int32_t first_tile = smem.tile_begin[expert], token_tiles = smem.tile_begin[expert + 1] - first_tile;
-    const int32_t local = index - first_tile * row_tiles;
-    const int32_t row_tile = local / token_tiles, token_tile = local - row_tile * token_tiles;
+    first_token_tile = smem.tile_begin[expert];
+    token_tiles = smem.tile_begin[expert + 1] - first_token_tile;
+    if (C::kGated && gemm == 1) {
+      ready = __ballot_sync(~0u, lane < token_tiles && load_acquire(p.ready + first_token_tile + lane) >= p.ready_count);
+      __syncwarp();  // what a lane has acquired is every lane's
+    }
+    const int32_t local = index - first_token_tile * row_tiles;
+    const int32_t row_tile = local / token_tiles;
     Tile tile = {};
     tile.gemm = gemm;
     tile.expert = expert;
     tile.part = both_parts() ? 0 : row_tile / tiles_per_part;
-    tile.row = (row_tile - tile.part * tiles_per_part) * (both_parts() ? C::kWaveRows : C::kRows);
-    set_tokens(tile, first_tile, token_tile);
+    tile.row = (row_tile - tile.part * tiles_per_part) * row_step();
+    set_tokens(tile, local - row_tile * token_tiles);
     return tile;
   }
 
-  __device__ void set_tokens(Tile& tile, int32_t first_tile, int32_t token_tile) const {
+  // find(index + 1), where tile is find(index).
+  __device__ Tile next(Tile tile, int32_t index) {
+    const int32_t token_tile = tile.token_tile - first_token_tile;
+    if (token_tile == 0) {
+      if (tile.row == 0) return find(index + 1);
+      tile.row -= row_step();
+    }
+    if (token_tiles > 1) set_tokens(tile, (token_tile == 0 ? token_tiles : token_tile) - 1);
+    return tile;
+  }
+
+  __device__ void set_tokens(Tile& tile, int32_t token_tile) const {
     const int32_t first = smem.offsets[expert], rows = rows_in_use<C>(p, expert, smem.offsets[expert + 1] - first);
     tile.token = first + token_tile * C::kMaxTokens;
     tile.valid_tokens = min(C::kMaxTokens, first + rows - tile.token);
     tile.size = max(3, 32 - __clz(tile.valid_tokens - 1));
-    if (!C::kHas64 && tile.size == 6) tile.size = 7;
-    tile.token_tile = first_tile + token_tile;
-  }
-
-  // Whether the tile after this one differs in its rows only; then it becomes that tile.
-  __device__ bool advance_rows(Tile& tile) const {
-    if (tile.row == 0 || smem.tile_begin[expert + 1] - smem.tile_begin[expert] != 1) return false;
-    tile.row -= C::kRows;
-    return true;
+    tile.token_tile = first_token_tile + token_tile;
+    tile.act_ready = C::kGated && gemm == 1 && token_tile < 32 && (ready >> token_tile & 1);
   }
 };
 

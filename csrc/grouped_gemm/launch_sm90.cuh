@@ -52,7 +52,6 @@ cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool tokens_by
   g.b_global_scale = args.b_global_scale;
   g.packed_weights = static_cast<const uint8_t*>(args.b);
   for (int size = 0; tokens_by_tma && 8 << size <= C::kMaxTokens; ++size) {  // each costs the host time
-    if (8 << size == 64 && !C::kHas64) continue;
     if (auto e = make_tensor_map<Element>(&g.tokens[size], args.a, args.k, args.num_rows, 0, 8 << size)) return e;
     if (8 << size >= args.num_rows) break;  // no tile has more
   }

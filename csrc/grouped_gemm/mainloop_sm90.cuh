@@ -1,7 +1,8 @@
 // Main loops of the SM90 grouped GEMM, one for each of {float8, 16 bits} x {narrow, wide tile}: they add all K blocks of a
 // tile into `total`, float32 registers of the consumers, wave after wave.
 //   narrow: wave w is total[w * kTokens / 2 ..] = [64 weight rows of this warpgroup, kTokens tokens]
-//   wide:   wave w is total[w * 64 ..]          = [64 tokens of this warpgroup, 128 weight rows]
+//   wide:   wave w is total[w * 64 ..]          = [64 tokens of this warpgroup, 128 weight rows]; half-wide: of all 64 tokens, total[0 ..] is
+//           the wave of this warpgroup's number
 // in wgmma's register layout (mma_sm90.cuh).
 #pragma once
 #include "grouped_gemm/packed_float8_mainloop_sm90.cuh"
@@ -11,14 +12,18 @@ namespace moe::sm90 {
 
 constexpr int kWideBytes = 128 * kRowBytes;  // 128 weight rows: wave w + 1 after wave w
 
-// Low words of the descriptors of a stage's operands. The 64-row operand of a narrow tile is this warpgroup's weight rows,
-// of a wide one its tokens.
-template <class C, bool kWide>
+enum class Tokens { narrow, half_wide, wide };
+
+// Low words of the descriptors of a stage's operands: what this warpgroup has of them. Narrow: its rows of each wave; wide: its tokens;
+// half-wide: its wave.
+template <class C, Tokens kTokens>
 struct Operands {
+  static constexpr int kWeightRows = kTokens == Tokens::narrow ? 64 : kTokens == Tokens::half_wide ? C::kWaveRows : 0;
+  static constexpr int kTokenRows = kTokens == Tokens::wide ? 64 : 0;
   uint32_t weights, tokens;
   __device__ Operands(const Smem<C>& smem, int stage, int warpgroup)
-      : weights(descriptor_low(smem.weights + (kWide ? 0 : warpgroup * 64 * kRowBytes)) + stage * (C::kWeightBytes >> 4)),
-        tokens(descriptor_low(smem.tokens + (kWide ? warpgroup * 64 * kRowBytes : 0)) + stage * (C::kTokenBytes >> 4)) {}
+      : weights(descriptor_low(smem.weights + warpgroup * kWeightRows * kRowBytes) + stage * (C::kWeightBytes >> 4)),
+        tokens(descriptor_low(smem.tokens + warpgroup * kTokenRows * kRowBytes) + stage * (C::kTokenBytes >> 4)) {}
 };
 
 // float8, narrow: one wgmma sum for each wave or, where a stage has two of them, each K block, in `partial`.
@@ -34,7 +39,7 @@ struct NarrowFloat8 {
   int warpgroup;
 
   __device__ void issue(Sum& partial) {
-    const Operands<C, false> in(smem, pipe.stage, warpgroup);
+    const Operands<C, Tokens::narrow> in(smem, pipe.stage, warpgroup);
     wait_full<C>(smem, pipe);
     fence_registers(partial);
     unrolled<C::kWaves>([&](auto w) {
@@ -117,20 +122,22 @@ __device__ __forceinline__ void multiply_float8(const Smem<C>& smem, PipelineSta
 }
 
 // float8, wide: registers for one wgmma sum only; the other warpgroup multiplies while this one promotes.
-template <class C>
+template <class C, Tokens kTokens>
 __device__ __forceinline__ void multiply_float8_wide(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, int warpgroup,
                                                      float (&total)[C::kWaves * 64]) {
+  constexpr bool kHalfWide = kTokens == Tokens::half_wide;
   float partial[64];
   clear(total);
-  const int token = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;  // this thread's first; its second is eight below
-  const uint32_t scale_offset[2] = {4u * scale_index(token), 4u * scale_index(token + 8)};
+  const int token = threadIdx.x % (kHalfWide ? 128 : 256) / 32 * 16 + threadIdx.x % 32 / 4;  // this thread's first; its second is eight below
+  const int first_scale = kHalfWide ? warpgroup * C::kWaveScales : 0;
+  const uint32_t scale_offset[2] = {4u * (scale_index(token) + first_scale), 4u * (scale_index(token + 8) + first_scale)};
 #pragma unroll 1
   for (int kb = 0; kb < k_blocks; ++kb, pipe.advance()) {
-    const Operands<C, true> in(smem, pipe.stage, warpgroup);
+    const Operands<C, kTokens> in(smem, pipe.stage, warpgroup);
     const uint32_t scales = smem.scales + pipe.stage * C::kScaleBytes;
     wait_full<C>(smem, pipe);
 #pragma unroll
-    for (int w = 0; w < C::kWaves; ++w) {
+    for (int w = 0; w < (kHalfWide ? 1 : C::kWaves); ++w) {
       fence_registers(partial);
       cute::warpgroup_arrive();
 #pragma unroll
@@ -185,7 +192,7 @@ __device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::k
     multiply_float8<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
   } else {
     multiply_16bit<C>(smem, pipe, k_stages, total, [&](int stage) {
-      const Operands<C, false> in(smem, stage, warpgroup);
+      const Operands<C, Tokens::narrow> in(smem, stage, warpgroup);
 #pragma unroll
       for (int kk = 0; kk < 4 * C::kStageBlocks; ++kk)
         unrolled<C::kWaves>([&](auto w) {
@@ -197,17 +204,18 @@ __device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::k
   }
 }
 
-template <class C>
+template <class C, Tokens kTokens>
 __device__ __forceinline__ void multiply_wide(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, int warpgroup,
                                               float (&total)[C::kWaves * 64]) {
   if constexpr (C::kFloat8) {
-    multiply_float8_wide<C>(smem, pipe, k_stages, warpgroup, total);
+    multiply_float8_wide<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
   } else {
     // All waves in one instruction: the tokens are read from shared memory once.
     multiply_16bit<C>(smem, pipe, k_stages, total, [&](int stage) {
-      const Operands<C, true> in(smem, stage, warpgroup);
+      const Operands<C, kTokens> in(smem, stage, warpgroup);
 #pragma unroll
-      for (int kk = 0; kk < 4; ++kk) Mma<typename C::Element, C::kWaves * 128>::run(in.tokens + 2 * kk, in.weights + 2 * kk, total, true);
+      for (int kk = 0; kk < 4; ++kk)
+        Mma<typename C::Element, (kTokens == Tokens::half_wide ? 1 : C::kWaves) * 128>::run(in.tokens + 2 * kk, in.weights + 2 * kk, total, true);
     });
   }
 }

@@ -44,22 +44,23 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
       signal();
       NarrowEpilogue<C, kTokens>{p, smem, tile, g, total}.run();
     };
+    auto wide = [&]<Tokens kTokens>() {
+      float total[C::kWaves * 64];
+      multiply_wide<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
+      signal();
+      WideEpilogue<C, kTokens == Tokens::half_wide>{p, smem, tile, g, total}.run();
+    };
     switch (size) {
       case 3: narrow.template operator()<8>(); break;
       case 4: narrow.template operator()<16>(); break;
       case 5: narrow.template operator()<32>(); break;
       case 6:
-        if constexpr (C::kHas64) narrow.template operator()<64>();
+        if constexpr (C::kHasHalfWide) wide.template operator()<Tokens::half_wide>();
+        else if constexpr (C::kMaxTokens >= 64) narrow.template operator()<64>();
         break;
       default:
-        if constexpr (C::kPacked && C::kMaxTokens == 128) {
-          narrow.template operator()<128>();
-        } else if constexpr (C::kHasWide) {
-          float total[C::kWaves * 64];
-          multiply_wide<C>(smem, pipe, k_stages, warpgroup, total);
-          signal();
-          WideEpilogue<C>{p, smem, tile, g, total}.run();
-        }
+        if constexpr (C::kHasWide) wide.template operator()<Tokens::wide>();
+        else if constexpr (C::kMaxTokens == 128) narrow.template operator()<128>();
     }
     if constexpr (C::kGated)
       if (tile.gemm == 0) {
@@ -72,8 +73,9 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm_kernel(const __grid_constant__ KernelParams p) {
-  extern __shared__ uint8_t raw[];
-  const Smem<C> smem(raw, p.row_to_slot != nullptr);
+  // Aligned for the 128-byte swizzle, and known to be: an address rounded up took uniform registers, of which the main loops have none to spare.
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const Smem<C> smem(memory, p.row_to_slot != nullptr);
   int expert = -1;
   if constexpr (C::kSplit) expert = p.local_expert(threadIdx.x);  // long before it is needed
   static_assert(sizeof(CUtensorMap) == 128 && offsetof(GemmParams, tokens) == 128);

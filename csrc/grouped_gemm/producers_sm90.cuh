@@ -63,17 +63,12 @@ __device__ __forceinline__ const float* weight_scales(const KernelParams& p, con
 template <class C>
 constexpr int kBlockK = 128 / int(sizeof(typename C::Element));
 
-__device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
-  int32_t value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-  return value;
-}
-
 // Warp 0: draws tiles, tells the other warps, and fills the stages with weights. What comes next is drawn before the current tile is
 // loaded, so the counter's latency is hidden. `drawn` is lane 0's first tile. Split: the second one is drawn once the first is loaded and all
 // thread blocks have theirs, because some start later, and tiles are few and long (4 tokens of DeepSeek-V3 TP8: 64 us if not, 55 so).
-// GEMM2's tiles are taken several neighbours at a time, because finding a tile is more work than loading a short one. They are drawn, too, if
-// thread blocks differ in how much of GEMM1 they had; where that cannot be, or tiles are few, every thread block gets as many.
+// Short tiles are taken several neighbours at a time, because drawing and finding one takes longer than loading it: narrow ones by their stages
+// (TileFinder), and all of GEMM2 where it is split. Those are drawn, too, if thread blocks differ in how much of GEMM1 they had; where that
+// cannot be, or tiles are few, every thread block gets as many.
 template <class C>
 __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t drawn) {
   TileFinder<C> finder(p, smem);
@@ -84,28 +79,27 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
   int32_t index = 0, last = 0;
   bool first_draw = C::kSplit;  // still to come
   Tile tile;
-  auto draw = [&] { drawn = p.tile_counter == nullptr ? index + grid : atomicAdd(p.tile_counter, 1); };  // the leader
+  auto draw = [&] { drawn = p.tile_counter == nullptr ? drawn + grid : atomicAdd(p.tile_counter, 1); };  // the leader
   while (true) {
-    if (++index < last) {
-      if (!finder.advance_rows(tile)) tile = finder.find(index);
+    if (index + 1 < last) {
+      tile = finder.next(tile, index++);
     } else {
-      index = __shfl_sync(~0u, drawn, 0);
-      if (C::kSplit && index >= gemm1_tiles) {
+      const int32_t number = __shfl_sync(~0u, drawn, 0);
+      if (C::kSplit && number >= gemm1_tiles) {
         const bool first = finder.gemm == 0;
         if (first) finder.start_next();
         const int32_t tiles = finder.end - finder.begin;
         const bool dealt = gemm1_tiles <= grid || tiles < 8 * grid;
-        const int32_t draws = dealt ? grid : 8 * grid, draw = !dealt ? index - gemm1_tiles : first ? blockIdx.x : draws;
+        const int32_t draws = dealt ? grid : 8 * grid, draw = !dealt ? number - gemm1_tiles : first ? blockIdx.x : draws;
         auto first_tile = [&](int32_t i) { return i < draws ? finder.begin + int32_t(int64_t(tiles) * i / draws) : finder.end; };
         index = first_tile(draw);
         last = first_tile(draw + 1);
         if (index == last) index = finder.end;  // fewer tiles than thread blocks
+      } else {
+        finder.tiles_of(number, index, last);
       }
+      if (leader && !first_draw) draw();
       tile = finder.find(index);
-      if (leader && tile.size != 0) {
-        if (!first_draw) draw();
-        tile.act_ready = C::kGated && tile.gemm == 1 && load_acquire(p.ready + tile.token_tile) >= p.ready_count;
-      }
     }
     smem.tile_empty[slot.stage].wait(slot.phase ^ 1);
     if (leader) {
@@ -139,6 +133,10 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
     first_draw = false;
     __syncwarp();
   }
+}
+
+__device__ __forceinline__ void arrive(Barrier& barrier, int count) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(cute::cast_smem_ptr_to_uint(&barrier)), "r"(count) : "memory");
 }
 
 // At a stage's barrier, of the token warp: every lane that stores scales says so itself.
@@ -194,7 +192,8 @@ struct TokenLoader {
     return s;
   }
 
-  // And arrives.
+  // And arrives. kAlone: no other token warp has to do with the stage.
+  template <bool kAlone>
   __device__ void store_scales(int stage, const Scales& s) const {
     const uint32_t scales = smem.scales + stage * C::kScaleBytes;
 #pragma unroll
@@ -206,7 +205,9 @@ struct TokenLoader {
           asm volatile("st.shared.f32 [%0], %1;" ::"r"(scales + 4 * (w * C::kWaveScales + scale_index(token))), "f"(__fmul_rn(s.a[i], s.b[w])) : "memory");
       }
     }
-    if (C::kFloat8 || lane == 0) smem.full[stage].arrive();
+    const bool arrives = C::kFloat8 || lane == 0;
+    if (kAlone && smem.gathered) arrive(smem.full[stage], arrives + C::kTokenWarps);  // for the other token warps, too
+    else if (arrives) smem.full[stage].arrive();
   }
 
   __device__ void fill(int stage, int kb, const Scales& s) const {
@@ -217,16 +218,15 @@ struct TokenLoader {
         tma_load(smem.tokens + stage * C::kTokenBytes + h * C::kBlockTokenBytes, &p.gemm[tile.gemm].tokens[tile.size - 3], full,
                  (kb * C::kStageBlocks + h) * kBlockK<C>, tile.token);
     }
-    store_scales(stage, s);
+    store_scales<true>(stage, s);
   }
 };
 
+// `first`: which of the token warps, and its first K block from the stage and tile on that `pipe` and `slot` stand at.
 template <class C>
-__device__ void load_tokens(const KernelParams& p, const Smem<C>& smem, int first) {
+__device__ void load_tokens(const KernelParams& p, const Smem<C>& smem, int first, PipelineState<C::kStages> pipe = {}, PipelineState<kTileSlots> slot = {}) {
   using Loader = TokenLoader<C>;
-  PipelineState<C::kStages> pipe;
   pipe.advance(first);
-  PipelineState<kTileSlots> slot;
   Loader loader{p, smem};
   while (true) {
     loader.tile = wait_tile(smem, slot);

@@ -82,11 +82,11 @@ struct GateUpChannels {
   __device__ __forceinline__ bool is_there() const { return is_there(first) && is_there(second); }
   __device__ __forceinline__ void values(const KernelParams& p, float (&y)[4]) const {
     const float4 gate = p.gate_part == 0 ? first : second, up = p.gate_part == 0 ? second : first;
-    with_gated_activation(p.activation.kind, [&](auto kind) {
-      y[0] = activate<decltype(kind)::value>(p.activation, gate.x, up.x);
-      y[1] = activate<decltype(kind)::value>(p.activation, gate.y, up.y);
-      y[2] = activate<decltype(kind)::value>(p.activation, gate.z, up.z);
-      y[3] = activate<decltype(kind)::value>(p.activation, gate.w, up.w);
+    with_gated_activation(p.activation, [&](auto activate) {
+      y[0] = activate(gate.x, up.x);
+      y[1] = activate(gate.y, up.y);
+      y[2] = activate(gate.z, up.z);
+      y[3] = activate(gate.w, up.w);
     });
   }
 };

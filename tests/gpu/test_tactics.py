@@ -6,19 +6,45 @@ import re
 
 import pytest
 import torch
-from gpu_layers import BF16_LAYOUT, ROUNDED, W4A8, layer, overload, with_tactic
+from gpu_layers import BF16_LAYOUT, DEVICE, ROUNDED, W4A8, layer, overload, with_ids, with_tactic
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 TILES = ("split64", "split128", "gated64", "gated128", "gathered128")
+
+# Rows an expert has: on both sides of where tiles change their kind (narrow, half-wide, wide), and more than a tile.
+ROWS = (0, 1, 16, 17, 32, 33, 40, 63, 64, 65, 100, 127, 128, 129, 161, 192, 193)
+
+
+def possible_tiles(product: str) -> tuple[str, ...]:
+    if product in ROUNDED:
+        return ("split64", "split128", "gated32", "gated64")
+    return TILES[:3] if product == W4A8 else (*TILES, "gated32") if product in BF16_LAYOUT else TILES
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"alpha": 1.702, "beta": 1.0, "limit": 1.5, "bias": True, "w13_layout": "up_gate"}, {"activation": "gelu"}],
+    ids=["silu", "limit and bias", "gelu"],
+)
+def test_tiles_of_every_height(sm90_product: str, options: dict[str, object]) -> None:
+    """Of sizes that no tile divides; "gated64" has none but narrow tiles."""
+    sizes = {"hidden_size": 704, "intermediate_size": 320, "num_experts": len(ROWS), "top_k": 1}
+    call = layer(sm90_product, sum(ROWS), **sizes, **options)
+    ids = torch.arange(len(ROWS), device=DEVICE).repeat_interleave(torch.tensor(ROWS, device=DEVICE))
+    order = torch.randperm(sum(ROWS), generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE)
+    call = with_ids(call, ids[order, None])
+    expected = with_tactic(call, "gated64")
+    assert expected.isfinite().all()
+    for name in possible_tiles(sm90_product)[2:]:
+        for tactic in (name, f"{name}+gemm2"):
+            assert torch.equal(with_tactic(call, tactic), expected), tactic
 
 
 @pytest.mark.parametrize("num_tokens", [1, 33, 700])
 def test_the_same_bits(sm90_product: str, num_tokens: int) -> None:
     call = layer(sm90_product, num_tokens)
     expected = call(overload("cutlass_sm90"))
-    tiles = TILES[:3] if sm90_product == W4A8 else (*TILES, "gated32") if sm90_product in BF16_LAYOUT else TILES
-    if sm90_product in ROUNDED:
-        tiles = tuple(name for name in tiles if not name.endswith("128") or name == "split128")
+    tiles = possible_tiles(sm90_product)
     if num_tokens == 700:  # too many slots for split tiles
         tiles = tiles[2:]
     alone = [f"{name}+gemm2" for name in tiles if not name.startswith("split")]
