@@ -42,7 +42,15 @@ TABLE = ROOT / "csrc/grouped_gemm/tactics_table_sm90.h"
 ELEMENTS = ("bits16", "float8", "packed", "packed_float8")  # as in C++
 # What is measured, a format or weights x activations -> which table it decides.
 FORMATS = {"bf16": "bits16", "fp8_block": "float8", "nvfp4": "packed", "mxfp4 x fp8_block": "packed_float8"}
-TILES = {"split64": 32, "split128": 32, "gated32": 32, "gated64": 64, "gated128": 128, "gathered128": 128}  # tokens
+TILES = {  # tokens
+    "split32": 32,
+    "split64": 32,
+    "split128": 32,
+    "gated32": 32,
+    "gated64": 64,
+    "gated128": 128,
+    "gathered128": 128,
+}
 ALONE = "+gemm2"
 MAX_SPLIT_SLOTS = 384
 LAYERS = (  # experts, hidden, intermediate, top_k
@@ -110,6 +118,10 @@ class Constants:
     split64_rounds: float = threshold(
         "of 64 rows if GEMM1 has fewer than this many tiles of 128 rows an SM", 0, 0.25, 0.4, 0.5, 0.75, 1, 1.5, 2, 4
     )
+    split32_rounds: float = threshold(
+        "not packed: of 32 rows in GEMM1 if it has fewer than this many such tiles",
+        *(0, 0.125, 0.25, 0.4, 0.5, 0.75, 1, 1.5, 2),
+    )
     gated32_rows: float = threshold("packed: gated32 up to this many rows an expert,", 2, 4, 8, 12, 16, 20, 24)
     gated32_cost: float = threshold(
         "and if a round of two thread blocks an SM, at this cost of one, saves rounds",
@@ -142,6 +154,8 @@ def choose_tiles(facts: Facts, constants: Constants) -> str:
         and rows_an_expert_up_to(constants.split_rows)
         and fewest < constants.split_rounds * facts.num_sms
     ):
+        if not is_packed(facts) and tiles(gemm1, 128) < constants.split32_rounds * facts.num_sms:
+            return "split32"
         return "split64" if tiles(gemm1, 128) < constants.split64_rounds * facts.num_sms else "split128"
     if (
         facts.elements == "packed"
@@ -171,6 +185,10 @@ def choose_tactic(facts: Facts, constants: Constants) -> str:
     return tiles + ALONE if alone else tiles
 
 
+def is_packed(facts: Facts) -> bool:
+    return facts.elements.startswith("packed")
+
+
 def most_tokens(facts: Facts) -> int:
     """Of a tile."""
     return 64 if facts.elements == "packed_float8" or facts.rounds_acts else 128
@@ -182,7 +200,10 @@ def possible_tiles(facts: Facts) -> dict[str, int]:
         for name, tokens in TILES.items()
         if tokens <= most_tokens(facts) and (facts.may_split or not name.startswith("split"))
     }
-    return tiles if facts.elements == "packed" else {name: tiles[name] for name in tiles if name != "gated32"}
+    impossible = {"split32"} if is_packed(facts) else {"gated32"}
+    if facts.elements == "packed_float8":
+        impossible.add("gated32")
+    return {name: tiles[name] for name in tiles if name not in impossible}
 
 
 def candidates(facts: Facts) -> list[str]:
@@ -278,6 +299,8 @@ def neighbours(elements: str, constants: Constants) -> Iterator[Constants]:
     """Every other value of one threshold; those next to the present one first."""
     for f in fields(Constants):
         if f.name.startswith("gated32") and elements != "packed":
+            continue
+        if f.name.startswith("split32") and elements.startswith("packed"):
             continue
         for value in nearest_first(f.metadata["values"], getattr(constants, f.name)):
             yield replace(constants, **{f.name: value})

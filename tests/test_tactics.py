@@ -153,6 +153,7 @@ def made_up(elements: str, truth: tune.Constants, noise: float = 0.0) -> list[tu
     [
         ("bits16", {"split_rows": 2}),
         ("float8", {"split_rounds": 6}),
+        ("float8", {"split32_rounds": 0.5}),
         ("float8", {"gated64_rows": 24}),
         ("float8", {"gathered_row_tiles": 16}),
         ("packed", {"gated32_cost": 1.4}),
@@ -221,8 +222,8 @@ def test_measure(wrong: str | None, tmp_path, monkeypatch: pytest.MonkeyPatch) -
             return
         tuner.layer("fp8_block", (4, 256, 128, 2))
     one, many = tune.read_points(tmp_path / "times.jsonl")["float8"]
-    assert set(one.us) == {"split64", "split128", "gated64"}
-    assert set(many.us) == {"split64", "split128", "gated64", "gated128", "gathered128"}
+    assert set(one.us) == {"split32", "split64", "split128", "gated64"}
+    assert set(many.us) == {"split32", "split64", "split128", "gated64", "gated128", "gathered128"}
     chosen = [line["tactic"] for line in tune.read_results(tmp_path / "times.jsonl")[1] if line["chosen"]]
     assert chosen == ["split64", "gated64"]
 

@@ -32,9 +32,9 @@ cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t k, int64
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// tokens_by_tma: else they need no tensor maps.
+// tokens_by_tma: else they need no tensor maps. box_rows: of a wave that are loaded.
 template <class C>
-cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool tokens_by_tma = true) {
+cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool tokens_by_tma = true, uint32_t box_rows = C::kWaveRows) {
   using Element = typename C::Element;
   g.parts = args.b_parts;
   g.part_rows = args.n / args.b_parts;
@@ -56,7 +56,7 @@ cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool tokens_by
     if (8 << size >= args.num_rows) break;  // no tile has more
   }
   if (C::kPacked) return cudaSuccess;
-  return make_tensor_map<Element>(&g.weights, args.b, args.k, g.part_rows, int64_t(args.num_experts) * g.parts, C::kWaveRows);
+  return make_tensor_map<Element>(&g.weights, args.b, args.k, g.part_rows, int64_t(args.num_experts) * g.parts, box_rows);
 }
 
 // Once for each device, where the driver keeps it.
@@ -107,7 +107,7 @@ FusedGemmsSizes fused_sizes(const FusedGemms& f) {
 template <class C>
 cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) {
   KernelParams p{};
-  if (auto e = fill_gemm<C>(p.gemm[0], f.gemm1, !C::kSplit && f.row_to_slot == nullptr)) return e;
+  if (auto e = fill_gemm<C>(p.gemm[0], f.gemm1, !C::kSplit && f.row_to_slot == nullptr, C::kFewerRows ? C::kFewerRows : C::kWaveRows)) return e;
   if (auto e = fill_gemm<C>(p.gemm[1], f.gemm2, !C::kSplit)) return e;
   const int64_t token_tiles = max_token_tiles(f.gemm1.num_rows, f.gemm1.num_experts, C::kMaxTokens);
   const int32_t groups = (f.gemm2.k + 127) / 128;
@@ -141,7 +141,7 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   } else {
     p.gemm[0].out_stride = p.gemm[0].part_rows;
   }
-  const int64_t tiles1 = token_tiles * ((p.gemm[0].part_rows * 2 + C::kRows - 1) / C::kRows), tiles2 = token_tiles * row_tiles<C>(p.gemm[1]);
+  const int64_t tiles1 = token_tiles * tiles_of(p.gemm[0].part_rows, C::kGemm1Rows) * (C::kGated ? 1 : 2), tiles2 = token_tiles * row_tiles<C>(p.gemm[1]);
   if (f.tactic.gemm2_alone) {
     p.num_gemms = 1;
     if (auto e = launch_kernel<C>(p, tiles1, num_sms, stream)) return e;
@@ -158,6 +158,9 @@ constexpr int kMostTokens = kPacking == Packing::mxfp4_e4m3 ? 64 : 128;
 template <class Element, Packing kPacking, class F>
 auto with_fused_config(Tiles tiles, F&& f) {
   switch (tiles) {
+    case Tiles::split32:
+      if constexpr (kPacking == Packing::none) return f.template operator()<Config<Element, 32, 1, 1, Mode::split, kPacking, 1, 32>>();
+      [[fallthrough]];
     case Tiles::split64: return f.template operator()<Config<Element, 32, 1, 1, Mode::split, kPacking>>();
     case Tiles::split128: return f.template operator()<Config<Element, 32, 2, 1, Mode::split, kPacking>>();
     case Tiles::gated32:

@@ -12,14 +12,14 @@ namespace moe::sm90 {
 
 constexpr int kWideBytes = 128 * kRowBytes;  // 128 weight rows: wave w + 1 after wave w
 
-enum class Tokens { narrow, half_wide, wide };
+enum class TileShape { narrow, half_wide, wide };
 
 // Low words of the descriptors of a stage's operands: what this warpgroup has of them. Narrow: its rows of each wave; wide: its tokens;
 // half-wide: its wave.
-template <class C, Tokens kTokens>
+template <class C, TileShape kShape>
 struct Operands {
-  static constexpr int kWeightRows = kTokens == Tokens::narrow ? 64 : kTokens == Tokens::half_wide ? C::kWaveRows : 0;
-  static constexpr int kTokenRows = kTokens == Tokens::wide ? 64 : 0;
+  static constexpr int kWeightRows = kShape == TileShape::narrow ? 64 : kShape == TileShape::half_wide ? C::kWaveRows : 0;
+  static constexpr int kTokenRows = kShape == TileShape::wide ? 64 : 0;
   uint32_t weights, tokens;
   __device__ Operands(const Smem<C>& smem, int stage, int warpgroup)
       : weights(descriptor_low(smem.weights + warpgroup * kWeightRows * kRowBytes) + stage * (C::kWeightBytes >> 4)),
@@ -39,7 +39,7 @@ struct NarrowFloat8 {
   int warpgroup;
 
   __device__ void issue(Sum& partial) {
-    const Operands<C, Tokens::narrow> in(smem, pipe.stage, warpgroup);
+    const Operands<C, TileShape::narrow> in(smem, pipe.stage, warpgroup);
     wait_full<C>(smem, pipe);
     fence_registers(partial);
     unrolled<C::kWaves>([&](auto w) {
@@ -122,10 +122,10 @@ __device__ __forceinline__ void multiply_float8(const Smem<C>& smem, PipelineSta
 }
 
 // float8, wide: registers for one wgmma sum only; the other warpgroup multiplies while this one promotes.
-template <class C, Tokens kTokens>
+template <class C, TileShape kShape>
 __device__ __forceinline__ void multiply_float8_wide(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_blocks, int warpgroup,
                                                      float (&total)[C::kWaves * 64]) {
-  constexpr bool kHalfWide = kTokens == Tokens::half_wide;
+  constexpr bool kHalfWide = kShape == TileShape::half_wide;
   float partial[64];
   clear(total);
   const int token = threadIdx.x % (kHalfWide ? 128 : 256) / 32 * 16 + threadIdx.x % 32 / 4;  // this thread's first; its second is eight below
@@ -133,7 +133,7 @@ __device__ __forceinline__ void multiply_float8_wide(const Smem<C>& smem, Pipeli
   const uint32_t scale_offset[2] = {4u * (scale_index(token) + first_scale), 4u * (scale_index(token + 8) + first_scale)};
 #pragma unroll 1
   for (int kb = 0; kb < k_blocks; ++kb, pipe.advance()) {
-    const Operands<C, kTokens> in(smem, pipe.stage, warpgroup);
+    const Operands<C, kShape> in(smem, pipe.stage, warpgroup);
     const uint32_t scales = smem.scales + pipe.stage * C::kScaleBytes;
     wait_full<C>(smem, pipe);
 #pragma unroll
@@ -192,7 +192,7 @@ __device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::k
     multiply_float8<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
   } else {
     multiply_16bit<C>(smem, pipe, k_stages, total, [&](int stage) {
-      const Operands<C, Tokens::narrow> in(smem, stage, warpgroup);
+      const Operands<C, TileShape::narrow> in(smem, stage, warpgroup);
 #pragma unroll
       for (int kk = 0; kk < 4 * C::kStageBlocks; ++kk)
         unrolled<C::kWaves>([&](auto w) {
@@ -204,18 +204,18 @@ __device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::k
   }
 }
 
-template <class C, Tokens kTokens>
+template <class C, TileShape kShape>
 __device__ __forceinline__ void multiply_wide(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, int warpgroup,
                                               float (&total)[C::kWaves * 64]) {
   if constexpr (C::kFloat8) {
-    multiply_float8_wide<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
+    multiply_float8_wide<C, kShape>(smem, pipe, k_stages, warpgroup, total);
   } else {
     // All waves in one instruction: the tokens are read from shared memory once.
     multiply_16bit<C>(smem, pipe, k_stages, total, [&](int stage) {
-      const Operands<C, kTokens> in(smem, stage, warpgroup);
+      const Operands<C, kShape> in(smem, stage, warpgroup);
 #pragma unroll
       for (int kk = 0; kk < 4; ++kk)
-        Mma<typename C::Element, (kTokens == Tokens::half_wide ? 1 : C::kWaves) * 128>::run(in.tokens + 2 * kk, in.weights + 2 * kk, total, true);
+        Mma<typename C::Element, (kShape == TileShape::half_wide ? 1 : C::kWaves) * 128>::run(in.tokens + 2 * kk, in.weights + 2 * kk, total, true);
     });
   }
 }

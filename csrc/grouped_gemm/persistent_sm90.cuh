@@ -44,22 +44,22 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
       signal();
       NarrowEpilogue<C, kTokens>{p, smem, tile, g, total}.run();
     };
-    auto wide = [&]<Tokens kTokens>() {
+    auto wide = [&]<TileShape kShape>() {
       float total[C::kWaves * 64];
-      multiply_wide<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
+      multiply_wide<C, kShape>(smem, pipe, k_stages, warpgroup, total);
       signal();
-      WideEpilogue<C, kTokens == Tokens::half_wide>{p, smem, tile, g, total}.run();
+      WideEpilogue<C, kShape == TileShape::half_wide>{p, smem, tile, g, total}.run();
     };
     switch (size) {
       case 3: narrow.template operator()<8>(); break;
       case 4: narrow.template operator()<16>(); break;
       case 5: narrow.template operator()<32>(); break;
       case 6:
-        if constexpr (C::kHasHalfWide) wide.template operator()<Tokens::half_wide>();
+        if constexpr (C::kHasHalfWide) wide.template operator()<TileShape::half_wide>();
         else if constexpr (C::kMaxTokens >= 64) narrow.template operator()<64>();
         break;
       default:
-        if constexpr (C::kHasWide) wide.template operator()<Tokens::wide>();
+        if constexpr (C::kHasWide) wide.template operator()<TileShape::wide>();
         else if constexpr (C::kMaxTokens == 128) narrow.template operator()<128>();
     }
     if constexpr (C::kGated)

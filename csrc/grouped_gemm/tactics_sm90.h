@@ -23,10 +23,11 @@ constexpr int64_t max_token_tiles(int64_t num_rows, int32_t num_experts, int32_t
 enum class Elements { bits16, float8, packed, packed_float8 };  // what is multiplied; packed: weights, by 16-bit tokens or float8 ones
 
 // Tiles of both GEMMs: Mode (sm90_config.h), and weight rows (split) or the most tokens (gated, of 256 weight rows).
+//   split32: not packed; split64 but for GEMM1, which has more tiles for the same rows.
 //   gated32: packed only, two thread blocks an SM.   gathered128: gated128 whose GEMM1 gathers its tokens; the other gated ones read
 //   permuted ones.   split: up to kMaxSplitSlots slots.
-enum class Tiles { split64, split128, gated32, gated64, gated128, gathered128 };
-constexpr const char* kTilesNames[] = {"split64", "split128", "gated32", "gated64", "gated128", "gathered128"};
+enum class Tiles { split32, split64, split128, gated32, gated64, gated128, gathered128 };
+constexpr const char* kTilesNames[] = {"split32", "split64", "split128", "gated32", "gated64", "gated128", "gathered128"};
 constexpr const char* kGemm2Alone = "+gemm2";  // behind those in a tactic's name
 
 constexpr int32_t kMaxSplitSlots = 384;     // of a thread each
@@ -63,10 +64,12 @@ constexpr const TacticConstants& constants_of(Elements elements) {
   }
 }
 
-constexpr bool gated(Tiles tiles) { return tiles != Tiles::split64 && tiles != Tiles::split128; }
+constexpr bool gated(Tiles tiles) { return tiles > Tiles::split128; }
+constexpr bool is_packed(Elements elements) { return elements == Elements::packed || elements == Elements::packed_float8; }
 constexpr int32_t tokens_of(Tiles tiles) { return !gated(tiles) || tiles == Tiles::gated32 ? 32 : tiles == Tiles::gated64 ? 64 : 128; }
 
 constexpr bool is_possible(const LayerFacts& f, const Tactic& tactic) {
+  if (tactic.tiles == Tiles::split32 && is_packed(f.elements)) return false;
   if (tactic.tiles == Tiles::gated32 && f.elements != Elements::packed) return false;
   if (tokens_of(tactic.tiles) > f.most_tokens()) return false;
   if (tactic.tiles == Tiles::gathered128 && !f.can_gather) return false;
@@ -84,8 +87,10 @@ inline Tiles choose_tiles(const LayerFacts& f) {
   const auto rows_an_expert_up_to = [&](double most) { return rows <= most * f.num_experts; };
   const int64_t gemm1_rows = 2 * f.intermediate_size, gemm2_rows = f.hidden_size;
   // Split where tiles of 256 weight rows are too few to keep the memory busy and an expert has few tokens.
-  if (f.may_split() && rows_an_expert_up_to(c.split_rows) && std::min(tiles(gemm1_rows, 256), tiles(gemm2_rows, 256)) < c.split_rounds * f.num_sms)
+  if (f.may_split() && rows_an_expert_up_to(c.split_rows) && std::min(tiles(gemm1_rows, 256), tiles(gemm2_rows, 256)) < c.split_rounds * f.num_sms) {
+    if (!is_packed(f.elements) && tiles(gemm1_rows, 128) < c.split32_rounds * f.num_sms) return Tiles::split32;
     return tiles(gemm1_rows, 128) < c.split64_rounds * f.num_sms ? Tiles::split64 : Tiles::split128;
+  }
   // Two thread blocks an SM hide the latency of unpacking, but each takes longer, so that a last round of few tiles costs more.
   const auto rounds = [&](int32_t thread_blocks) { return std::ceil(tiles(gemm1_rows, 256) / thread_blocks); };
   if (f.elements == Elements::packed && rows_an_expert_up_to(c.gated32_rows) && c.gated32_cost * rounds(2 * f.num_sms) < rounds(f.num_sms))

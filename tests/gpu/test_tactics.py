@@ -9,16 +9,17 @@ import torch
 from gpu_layers import BF16_LAYOUT, DEVICE, ROUNDED, W4A8, layer, overload, with_ids, with_tactic
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-TILES = ("split64", "split128", "gated64", "gated128", "gathered128")
+SPLIT = ("split32", "split64", "split128")
+GATED = ("gated64", "gated128", "gathered128")
 
 # Rows an expert has: on both sides of where tiles change their kind (narrow, half-wide, wide), and more than a tile.
 ROWS = (0, 1, 16, 17, 32, 33, 40, 63, 64, 65, 100, 127, 128, 129, 161, 192, 193)
 
 
-def possible_tiles(product: str) -> tuple[str, ...]:
-    if product in ROUNDED:
-        return ("split64", "split128", "gated32", "gated64")
-    return TILES[:3] if product == W4A8 else (*TILES, "gated32") if product in BF16_LAYOUT else TILES
+def possible_tiles(product: str, split: bool = True) -> tuple[str, ...]:
+    packed = product in (W4A8, *BF16_LAYOUT)
+    gated = GATED[:1] if product in (W4A8, *ROUNDED) else GATED
+    return (*(SPLIT[packed:] if split else ()), *(("gated32",) if product in BF16_LAYOUT else ()), *gated)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_tiles_of_every_height(sm90_product: str, options: dict[str, object]) ->
     call = with_ids(call, ids[order, None])
     expected = with_tactic(call, "gated64")
     assert expected.isfinite().all()
-    for name in possible_tiles(sm90_product)[2:]:
+    for name in possible_tiles(sm90_product, split=False):
         for tactic in (name, f"{name}+gemm2"):
             assert torch.equal(with_tactic(call, tactic), expected), tactic
 
@@ -44,9 +45,7 @@ def test_tiles_of_every_height(sm90_product: str, options: dict[str, object]) ->
 def test_the_same_bits(sm90_product: str, num_tokens: int) -> None:
     call = layer(sm90_product, num_tokens)
     expected = call(overload("cutlass_sm90"))
-    tiles = possible_tiles(sm90_product)
-    if num_tokens == 700:  # too many slots for split tiles
-        tiles = tiles[2:]
+    tiles = possible_tiles(sm90_product, split=num_tokens < 700)  # more are too many slots
     alone = [f"{name}+gemm2" for name in tiles if not name.startswith("split")]
     for tactic in ("", *tiles, *alone):
         assert torch.equal(with_tactic(call, tactic), expected), tactic
@@ -56,8 +55,9 @@ def test_the_same_bits(sm90_product: str, num_tokens: int) -> None:
 def test_impossible_tactics_are_refused(sm90_product: str, tactic: str) -> None:
     if tactic == "gated32" and sm90_product in BF16_LAYOUT:
         return
-    possible = "split64, split128, gated32, gated32" if sm90_product in BF16_LAYOUT else "split64, split128, gated64"
+    names = possible_tiles(sm90_product)
+    possible = ", ".join(names[: names.index("gated64")])
     last = "gated64" if sm90_product in (W4A8, *ROUNDED) else "gathered128"
-    message = rf"fused_moe: tactic: expected one of {possible}[^\n]*{last}\+gemm2, got {re.escape(tactic)}$"
+    message = rf"fused_moe: tactic: expected one of {possible},[^\n]*{last}\+gemm2, got {re.escape(tactic)}$"
     with pytest.raises(RuntimeError, match=message):
         with_tactic(layer(sm90_product, 8), tactic)
