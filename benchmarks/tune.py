@@ -2,6 +2,7 @@
 """Fits the thresholds of the SM90 tactics, csrc/grouped_gemm/tactics_table_sm90.h, to times of made-up layers.
 
     python benchmarks/tune.py measure --json FILE     on a GPU: times every tactic that could be the best one
+                      (--cases dsv3_tp8,qwen30b: of the benchmark's layers, to look at)
     python benchmarks/tune.py fit FILE                anywhere: shows the fit and writes the table
     python benchmarks/tune.py fit FILE --check        writes nothing; exit status 1 if that would change the table
 
@@ -22,7 +23,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -66,6 +67,12 @@ LAYERS = (  # experts, hidden, intermediate, top_k
     (6, 5120, 12288, 3),
 )
 TOKENS = (1, 4, 16, 48, 160, 512, 1536, 5120)
+# The benchmark's layers, by name: the fit never sees them.
+CASES = {
+    name: (case.num_experts, case.hidden_size, case.intermediate_size, case.top_k)
+    for name, case in _layer.CASES.items()
+    if case.num_experts == case.num_router_experts
+}
 HYSTERESIS = 1.0025  # the mean over 80 points of timings that repeat to 1 % is known to about 0.1 %
 UNMEASURED = 2.0  # times the best: what a tactic counts that was not measured because it is hopeless
 
@@ -343,6 +350,9 @@ def read_points(path: Path) -> dict[str, list[Timed]]:
     for line in lines:
         sizes = [line[name] for name in ("num_experts", "hidden_size", "intermediate_size")]
         elements = FORMATS[line["format"]]
+        for name, case in CASES.items():
+            if case == (*sizes, line["top_k"]):
+                raise SystemExit(f"tune: fit: {path}: expected layers made up for it, got the benchmark's {name}")
         facts = Facts(elements, line["tokens"] * line["top_k"], *sizes, header["num_sms"])
         what = f"{line['format']} E{sizes[0]} H{sizes[1]} I{sizes[2]} top{line['top_k']}, {line['tokens']} tokens"
         points[elements].setdefault(what, Timed(what, facts, {})).us[line["tactic"]] = line["us"]
@@ -378,12 +388,12 @@ class Tuner:
         self.table = read_table(TABLE.read_text())
         self.file = ResultFile(path, {**environment(), "num_sms": num_sms})
 
-    def layer(self, format: str, sizes: tuple[int, int, int, int]) -> None:
+    def layer(self, format: str, sizes: tuple[int, int, int, int], all_tokens: Sequence[int]) -> None:
         num_experts, hidden_size, intermediate_size, top_k = sizes
         case = _layer.Case("tune", num_experts, num_experts, hidden_size, intermediate_size, top_k)
         weights, _, acts = format.partition(" x ")
         experts = _layer.make_experts(case, weights, "bf16" if FORMATS[format] == "packed" else acts, self.device)
-        for tokens in TOKENS:
+        for tokens in all_tokens:
             facts = Facts(FORMATS[format], tokens * top_k, num_experts, hidden_size, intermediate_size, self.num_sms)
             us = self.point(case, experts, tokens, candidates(facts))
             chosen = choose_tactic(facts, self.table[facts.elements])
@@ -422,11 +432,30 @@ def run_measure(args: argparse.Namespace) -> int:
     got = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     if got == "none" or torch.cuda.get_device_capability() != (9, 0):
         raise SystemExit(f"tune: measure: expected a GPU of compute capability 9.0, got {got}")
+    layers = [CASES[name] for name in args.cases] if args.cases else LAYERS
     tuner = Tuner(args.json, args.replay_ms, torch.cuda.get_device_properties(0).multi_processor_count)
     with tuner.file:
-        for format, sizes in product(args.formats.split(","), LAYERS):
-            tuner.layer(format, sizes)
+        for format, sizes in product(args.formats, layers):
+            tuner.layer(format, sizes, args.tokens)
     return 0
+
+
+def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """Of an argument: known names, with commas between."""
+
+    def names(text: str) -> list[str]:
+        for name in text.split(","):
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {name}")
+        return text.split(",")
+
+    return names
+
+
+def numbers(text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"expected positive numbers with commas between, got {text}")
+    return [int(number) for number in text.split(",")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -434,7 +463,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     measure = commands.add_parser("measure", help="time the tactics on this GPU")
     measure.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the times go, JSON Lines")
-    measure.add_argument("--formats", default=",".join(FORMATS), help="default: %(default)s")
+    measure.add_argument(
+        "--formats", type=names_of(FORMATS), default=",".join(FORMATS), metavar="NAMES", help="default: %(default)s"
+    )
+    measure.add_argument(
+        "--cases",
+        type=names_of(CASES),
+        metavar="NAMES",
+        help=f"the benchmark's layers instead, to look at, which fit refuses: of {','.join(CASES)}",
+    )
+    measure.add_argument(
+        "--tokens", type=numbers, default=",".join(map(str, TOKENS)), metavar="NUMBERS", help="default: %(default)s"
+    )
     measure.add_argument("--replay-ms", type=float, default=30.0, help="for each tactic; default: %(default)s")
     measure.set_defaults(run=run_measure)
     fitting = commands.add_parser("fit", help="fit the table to measured times")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import astuple, replace
 from itertools import product
 
@@ -211,21 +212,42 @@ def test_measure(wrong: str | None, tmp_path, monkeypatch: pytest.MonkeyPatch) -
     def time_calls(call, inputs, replay_ms: float):
         return 1.0, 1.0, [call(*arguments) for arguments in inputs]
 
-    monkeypatch.setattr(tune, "TOKENS", (1, 48))
     monkeypatch.setattr(tune, "time_calls", time_calls)
     with torch.library._scoped_library("moe", "IMPL") as library:
         library.impl("fused_moe_with_tactic", with_tactic, "CPU")
         tuner = tune.Tuner(tmp_path / "times.jsonl", 1.0, NUM_SMS, "cpu")
         if wrong:
             with pytest.raises(SystemExit, match="split64 gives other bits$"):
-                tuner.layer("fp8_block", (4, 256, 128, 2))
+                tuner.layer("fp8_block", (4, 256, 128, 2), (1, 48))
             return
-        tuner.layer("fp8_block", (4, 256, 128, 2))
+        tuner.layer("fp8_block", (4, 256, 128, 2), (1, 48))
     one, many = tune.read_points(tmp_path / "times.jsonl")["float8"]
     assert set(one.us) == {"split32", "split64", "split128", "gated64"}
     assert set(many.us) == {"split32", "split64", "split128", "gated64", "gated128", "gathered128"}
     chosen = [line["tactic"] for line in tune.read_results(tmp_path / "times.jsonl")[1] if line["chosen"]]
     assert chosen == ["split64", "gated64"]
+
+
+def test_the_fit_refuses_the_benchmarks_layers(tmp_path) -> None:
+    sizes = dict(zip(("num_experts", "hidden_size", "intermediate_size", "top_k"), tune.CASES["dsv3_tp8"], strict=True))
+    with tune.ResultFile(tmp_path / "times.jsonl", {"num_sms": NUM_SMS}) as results:
+        results.write_record({"format": "bf16", **sizes, "tokens": 1, "tactic": "split64", "us": 1.0})
+    with pytest.raises(SystemExit, match="fit: .*: expected layers made up for it, got the benchmark's dsv3_tp8$"):
+        tune.main(["fit", str(tmp_path / "times.jsonl")])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--cases", "dsv3_ep8"], "argument --cases: expected some of dsv3_tp8,[^ ]*, got dsv3_ep8$"),
+        (["--formats", "bf16,fp9"], "argument --formats: expected some of bf16,[^\n]*, got fp9$"),
+        (["--tokens", "1,0"], "argument --tokens: expected positive numbers with commas between, got 1,0$"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tune.main(["measure", "--json", "unused.jsonl", *arguments])
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("command", [(), ("measure",), ("fit",)])
