@@ -60,3 +60,5 @@ def check_activation(op: str, activation: str, alpha: float, beta: float, limit:
         refuse(op, "limit", f"none for {activation}", limit)
     if limit is None and record.needs_limit:
         refuse(op, "limit", f"a number for {activation}", None)
+    if limit is not None and not limit >= 0:
+        refuse(op, "limit", "a number >= 0", limit)

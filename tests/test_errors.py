@@ -208,6 +208,8 @@ def test_act_mul_and_finalize() -> None:
         ((), {"activation": "gelu", "beta": 1.0}),
         ((), {"activation": "relu", "limit": 1.0}),
         ((), {"activation": "swiglustep"}),
+        ((), {"limit": -1.0}),
+        ((), {"activation": "swiglustep", "limit": float("nan")}),
         ((), {"layout": "up"}),
         ((), {"format": "fp16"}),
     )
@@ -227,6 +229,8 @@ act_mul: alpha: expected 1.0 for gelu, got 2.0
 act_mul: beta: expected 0.0 for gelu, got 1.0
 act_mul: limit: expected none for relu, got 1.0
 act_mul: limit: expected a number for swiglustep, got None
+act_mul: limit: expected a number >= 0, got -1.0
+act_mul: limit: expected a number >= 0, got nan
 act_mul: layout: expected one of gate_up, up_gate, interleaved, got up
 act_mul: format: expected bf16 or a quantised format for bfloat16 values, got fp16
 finalize: expert_out: expected bfloat16 or float16 or float32 [P, H] on cpu, got float64 [6, 8] on cpu

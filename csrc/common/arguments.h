@@ -19,8 +19,9 @@ inline ActivationParams parse_activation(const char* op, const std::string& name
   const bool is_silu = params.kind == Activation::silu, is_step = params.kind == Activation::swiglustep;
   MOE_EXPECT(is_silu || alpha == 1.0, op, "alpha", "1.0 for " << name, alpha);
   MOE_EXPECT(is_silu || beta == 0.0, op, "beta", "0.0 for " << name, beta);
-  MOE_EXPECT(is_silu || is_step || !limit, op, "limit", "None for " << name, *limit);
+  MOE_EXPECT(is_silu || is_step || !limit, op, "limit", "none for " << name, *limit);
   MOE_EXPECT(!is_step || limit, op, "limit", "a number for " << name, "None");
+  MOE_EXPECT(!limit || *limit >= 0, op, "limit", "a number >= 0", *limit);
   params.alpha = static_cast<float>(alpha);
   params.beta = static_cast<float>(beta);
   params.has_limit = limit.has_value();

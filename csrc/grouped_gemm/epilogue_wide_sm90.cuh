@@ -9,7 +9,7 @@ namespace moe::sm90 {
 
 template <class C, bool kHalfWide>
 struct WideEpilogue {
-  static constexpr int kWave = kHalfWide ? 32 : 64;  // values a thread has of gate and of up, two channels each
+  static constexpr int kWave = kHalfWide ? 32 : 64;  // values a thread has of gate and of up, of two tokens
   const KernelParams& p;
   const Smem<C>& smem;
   const Tile tile;

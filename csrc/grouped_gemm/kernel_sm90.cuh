@@ -1,17 +1,17 @@
 // The SM90 grouped GEMM, alone or two of them fused: tiles, shared memory, and how thread blocks find their work.
 //   out[r, n] = sum_k tokens[r, k] * weights[e, n, k] for rows r that expert e uses
 //
-// One persistent thread block per SM draws tiles (gemm, expert, weight rows, tokens) from a counter in device memory and
+// One persistent thread block per SM (two of some packed kernels) draws tiles (gemm, expert, weight rows, tokens) from a counter in device memory and
 // finds them in expert_offsets. Drawn in order, tiles with the same weight rows run at the same time, so that memory is
 // read once for all of them (dealt out in advance, thread blocks drift apart: DeepSeek-V3 EP8 in bf16 read its weights
 // twice at 8192 tokens, and was bound by that). The tokens of a neighbouring expert that a tile reads are never stored.
 //
-//   producer warp 0: draws tiles; TMA of weights, 128 bytes of K a stage, 128-byte swizzle
+//   producer warp 0: draws tiles; TMA of weights, 128 or 256 bytes of K a stage, 128-byte swizzle (packed ones: bulk copies)
 //   producer warps 1 to kTokenWarps: TMA of tokens (or gather_sm90.cuh, split_sm90.cuh), and for float8 products of the float32 scales (any
 //   strides)
 //   1 or 2 consumer warpgroups: wgmma, promotion (float8), epilogue
 //
-// Narrow tiles (8 to 32 tokens, or 64): weight rows are wgmma's 64-row operand and tokens its N operand ("swap A/B"), so that
+// Narrow tiles (8 to 32 tokens, in some kernels 64; packed: up to 128): weight rows are wgmma's 64-row operand and tokens its N operand ("swap A/B"), so that
 // decode multiplies hardly more tokens than there are. Wide tiles (128 tokens): tokens are the 64-row operand, one half
 // for each warpgroup; a thread then needs two token scales a K block, where narrow tiles read one for each of its tokens
 // (at 128 tokens ncu showed L1/shared memory 79 % busy with those, 50 % without). In both, gate and up of one channel
@@ -41,7 +41,7 @@ namespace moe::sm90 {
 
 constexpr int kMaxExperts = 1024;
 constexpr int kTileSlots = 8;       // tiles drawn and not finished
-constexpr int kDrawStages = 12;     // narrow tiles that have fewer are drawn several at a time, up to so many stages in all
+constexpr int kDrawStages = 12;     // narrow tiles of up to half as many are drawn several at a time, up to so many in all
 constexpr int kSmemLimit = 232448;  // bytes a thread block can have on SM90; two share 1 KiB more than that, and need 1 KiB each
 constexpr int kLanes = 32;
 constexpr int kRowBytes = 128;      // of K, of an operand row in shared memory
@@ -109,6 +109,7 @@ struct Config {
   static_assert(!kGated || (kWaves == 2 && kWaveRows == 128), "a float8 scale group is 128 channels");
   static_assert(!kSplit || kWaves == 1);
   static_assert(kFewerRows == 0 || (kSplit && !kPacked && kWarpgroups == 1 && kFewerRows % 8 == 0));
+  static_assert(!kHasHalfWide || kStagingBytes >= kConsumers / 32 * 16 * 128, "half-wide tiles exchange 16 floats a lane");
   static_assert(kStages >= 3 && kStages * kTokenSteps >= kTokenWarps);
 };
 
@@ -122,7 +123,7 @@ struct Tile {
   int32_t valid_tokens;
   int32_t size;           // log2 of the tokens multiplied, 8 .. kMaxTokens: one that holds valid_tokens; 0: no more tiles
   int32_t token_tile;     // token tiles before it, of all experts: the same for both GEMMs
-  int32_t act_ready;      // GEMM2: whether act was complete when the tile was drawn
+  int32_t act_ready;      // GEMM2: whether act was complete when the tile's expert was looked up
 };
 
 // Shared memory of a thread block; operands as addresses in the shared window, so that no access is a generic one.
@@ -193,7 +194,9 @@ struct TileFinder {
     row_tiles = both_parts() ? tiles_per_part : tiles_per_part * p.gemm[gemm].parts;
     begin = end;
     end += smem.tile_begin[p.num_experts] * row_tiles;
-    per_draw = C::kSplit || C::kMaxTokens == 128 || p.tile_counter == nullptr ? 1 : max(1, min(kTileSlots / 2, kDrawStages / k_stages));
+    // At most an eighth of what a thread block gets, so that they end together.
+    const int32_t most = min(min(kTileSlots / 2, kDrawStages / k_stages), (end - begin) / int32_t(8 * gridDim.x));
+    per_draw = C::kSplit || C::kMaxTokens == 128 || p.tile_counter == nullptr ? 1 : max(1, most);
     first_draw = end_draw;
     end_draw += (end - begin + per_draw - 1) / per_draw;
     expert = p.num_experts - 1;

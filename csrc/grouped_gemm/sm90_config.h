@@ -49,12 +49,12 @@ namespace sm90 {
 
 // Which tile configuration: weight rows x tokens, and how GEMM1's activation is done when both GEMMs are fused.
 //   plain: one GEMM.   gated: gate and up of 128 channels are one tile; its epilogue is the activation (and requantisation).
-//   split: few slots. Tiles of 64 or 128 weight rows, so that more SMs read weights, write float32 gate_up; GEMM2 does its activation when
+//   split: few slots. Tiles of 32, 64 or 128 weight rows, so that more SMs read weights, write float32 gate_up; GEMM2 does its activation when
 //          it reads it (split_sm90.cuh).
 enum class Mode { plain, gated, split };
 
 struct GemmParams {
-  CUtensorMap weights;             // (k, part_rows, num_experts * parts), box 128 bytes x rows of a wave
+  CUtensorMap weights;             // (k, part_rows, num_experts * parts), box 128 bytes x rows of a wave (split32: 32)
   CUtensorMap tokens[5];           // (k, num_rows), box 128 bytes x 8, 16, 32, 64, 128 tokens
   void* out;
   const void* bias;

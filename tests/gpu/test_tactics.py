@@ -41,6 +41,15 @@ def test_tiles_of_every_height(sm90_product: str, options: dict[str, object]) ->
             assert torch.equal(with_tactic(call, tactic), expected), tactic
 
 
+def test_short_tiles_that_are_drawn_together(sm90_product: str) -> None:
+    """GEMM2 has 4096 tiles of two to four stages if every expert is hit; split tiles are drawn in another way."""
+    call = layer(sm90_product, 40, hidden_size=8192, intermediate_size=256, num_experts=128)
+    expected = with_tactic(call, "split64")
+    assert expected.isfinite().all()
+    for tactic in ("gated64", "gated32") if sm90_product in BF16_LAYOUT else ("gated64",):
+        assert torch.equal(with_tactic(call, tactic), expected), tactic
+
+
 @pytest.mark.parametrize("num_tokens", [1, 33, 700])
 def test_the_same_bits(sm90_product: str, num_tokens: int) -> None:
     call = layer(sm90_product, num_tokens)

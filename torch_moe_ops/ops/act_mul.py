@@ -42,7 +42,7 @@ def act_mul(
         expert_offsets: int32 [E + 1]; rows at or past its last element are not computed.
         activation: one of the names above.
         alpha, beta: of silu; other activations refuse them.
-        limit: of silu and, required, of swiglustep.
+        limit: of silu and, required, of swiglustep; at least 0.
         layout: where gate and up are: ``"gate_up"``, ``"up_gate"``, or ``"interleaved"`` (gate, up, gate, up, ...).
         format: bf16 or fp16 (the dtype of gate_up, unless that is float32) or a quantised format.
         global_scale: float32, one element or [E]; nvfp4 only.
