@@ -13,7 +13,7 @@ from torch import Tensor
 
 import torch_moe_ops as moe
 from torch_moe_ops.formats import FORMATS
-from torch_moe_ops.packed_weights import ROUNDED_ACTS
+from torch_moe_ops.packed_weights import BITS, REGISTER_BITS, ROUNDED_ACTS
 from torch_moe_ops.scale_layouts import SCALE_LAYOUTS
 
 host = pytest.importorskip("torch_moe_ops._host", reason="needs the optional module, which is built with pybind11")
@@ -192,3 +192,19 @@ def test_fp8_block_scale_is_the_quotient() -> None:
         amax = torch.cat([amax, torch.tensor(ends)])
         got = torch.frombuffer(bytearray(host.fp8_block_scales(amax.numpy().tobytes())), dtype=torch.float32)
         assert torch.equal(got, amax.clamp(1e-10, torch.finfo(torch.float32).max) / 448)
+
+
+def test_device_code_unpacks_words_of_four_bit_codes() -> None:
+    """Each bit of a code alone, and random codes: where packed_weights.py puts them, and nothing else."""
+    g = torch.Generator().manual_seed(0)
+    codes = torch.cat([torch.eye(8, dtype=torch.int64) << bit for bit in range(4)])
+    codes = torch.cat([codes, torch.randint(0, 16, (10_000, 8), generator=g)])
+    words, expected = torch.zeros(len(codes), dtype=torch.int64), torch.zeros(len(codes), 4, dtype=torch.int64)
+    for i, positions in enumerate(BITS):  # of code i, the lower or the upper half of register i // 2
+        for bit, (place, target) in enumerate(zip(positions, REGISTER_BITS, strict=True)):
+            value = codes[:, i] >> bit & 1
+            words |= value << place
+            expected[:, i // 2] |= value << (target + 16 * (i % 2))
+    got = host.unpack_words(words.to(torch.int32).numpy().tobytes())
+    got = torch.frombuffer(bytearray(got), dtype=torch.int32).view(-1, 4).long() & 0xFFFFFFFF
+    assert torch.equal(got, expected)

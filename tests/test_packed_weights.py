@@ -12,7 +12,7 @@ from torch import Tensor
 
 import torch_moe_ops as moe
 from torch_moe_ops.formats import FORMATS, unpack_e2m1
-from torch_moe_ops.packed_weights import MAGNITUDE_SHIFTS, SIGN_SHIFTS
+from torch_moe_ops.packed_weights import REGISTER_BITS, ROTATIONS
 
 PACKABLE = ("nvfp4", "mxfp4", "mxfp8")
 # What the kernel's products of value and scale are multiplied by, and the bytes of a block's values and of all of it.
@@ -75,8 +75,10 @@ def read_like_the_kernel(packed: Tensor, format: str) -> Tensor:
                     register = shifted(word[..., j // 2], -4 if j % 2 == 0 else 4) & 0x07F007F0
                     register |= shifted(word[..., j // 2], 0 if j % 2 == 0 else 8) & 0x80008000
                 else:
-                    register = shifted(word[..., 0], MAGNITUDE_SHIFTS[j]) & 0x01C001C0
-                    register |= shifted(word[..., 0], SIGN_SHIFTS[j]) & 0x80008000
+                    register = torch.zeros_like(word[..., 0])
+                    for bit, by in zip(REGISTER_BITS, ROTATIONS[j], strict=True):
+                        rotated = shifted(word[..., 0], by) | word[..., 0] >> (32 - by)
+                        register |= rotated & (0x00010001 << bit)
                 scale = bfloat16(both >> 16 * (j % 2) & 0xFFFF)
                 for half in range(2):
                     value = bfloat16(register >> 16 * half & 0xFFFF)

@@ -13,9 +13,9 @@ For bf16 activations a thread has of each 16 k those at 2c, 2c + 1, 2c + 8, 2c +
 two values of row r + 8 (j%2), from k + 8 (j/2) on, one in each half.
 
 4-bit values: [2 halves of 32 k][128 threads][2 steps of 16 k] words of 32 bits, each four registers. A bfloat16 with
-e2m1's sign at bit 15 and its other bits at 8, 7 and 6 is that number times 2^-126, whether or not it is subnormal: a
-shift and a mask of the word give the register. Of all arrangements with a shift for a register's magnitudes and one for
-its signs, this needs the fewest.
+e2m1's sign at bit 15 and its other bits at 8, 7 and 6 is that number times 2^-126, whether or not it is subnormal: the
+word, rotated and masked, is the register. One rotation gives a register all of its bits, but register 3 needs two: four
+times those four bits, rotated, cannot fill a word.
 
 8-bit values: [2 halves of 32 k][128 threads][2 steps of 16 k][2] words, each two registers: register 2i has the upper
 byte of each half of word i, register 2i + 1 the lower. A bfloat16 with e4m3's sign at bit 15 and its other bits at 10
@@ -62,11 +62,10 @@ ROUNDED_ACTS = {
     "mxfp8": ("mxfp8",),
 }
 
-# Left shift of a word that brings the magnitudes, and the signs, of register j into place.
-MAGNITUDE_SHIFTS = (0, 3, 6, -3)
-SIGN_SHIFTS = (0, 3, 1, 2)
 # Where a register has the bits of a code, lowest first, in its lower half.
 REGISTER_BITS = (6, 7, 8, 15)
+# How far to the left a word is rotated to bring each of them into place, of register j.
+ROTATIONS = ((0, 0, 0, 0), (4, 4, 4, 4), (10, 10, 10, 10), (6, 14, 14, 14))
 
 EXPONENT_SHIFT = 63
 E4M3_NAN = 0x7F
@@ -233,8 +232,8 @@ def _exponents(codes: Tensor, scale: Tensor, first_expert: int) -> tuple[Tensor,
 
 def _code_bits(register: int, half: int) -> tuple[int, ...]:
     """Which bits of a word are the bits of a register's code, lowest first."""
-    shifts = (MAGNITUDE_SHIFTS[register],) * 3 + (SIGN_SHIFTS[register],)
-    return tuple(bit + 16 * half - shift for bit, shift in zip(REGISTER_BITS, shifts, strict=True))
+    rotations = ROTATIONS[register]
+    return tuple((bit + 16 * half - rotation) % 32 for bit, rotation in zip(REGISTER_BITS, rotations, strict=True))
 
 
 def _code_bits_e4m3(i: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@
 // Both add the products of 16 k in the same way, so that a token's sums have the same bits in either.
 #pragma once
 #include "grouped_gemm/kernel_sm90.cuh"
+#include "grouped_gemm/packed_word.h"
 
 namespace moe::sm90 {
 
@@ -44,12 +45,10 @@ __device__ __forceinline__ uint32_t times_upper(uint32_t x, uint32_t y) {
 
 // Values -> the operand of one step of 16 k; scales: of row r in the lower half, of row r + 8 in the upper. 4 bits: one word.
 __device__ __forceinline__ void unpack_step(const uint32_t (&words)[1], uint32_t scales, uint32_t* a) {
-  constexpr uint32_t kMagnitudes = 0x01C001C0, kSigns = 0x80008000;
-  const uint32_t word = words[0];
-  a[0] = times_lower(word & (kMagnitudes | kSigns), scales);
-  a[1] = times_upper((word << 3) & (kMagnitudes | kSigns), scales);
-  a[2] = times_lower((word << 6) & kMagnitudes, scales) ^ ((word << 1) & kSigns);
-  a[3] = times_upper((word >> 3) & kMagnitudes, scales) ^ ((word << 2) & kSigns);
+  uint32_t bits[4];
+  unpack_word(words[0], bits);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = i % 2 == 0 ? times_lower(bits[i], scales) : times_upper(bits[i], scales);
 }
 
 // 8 bits: two words.

@@ -8,6 +8,7 @@
 //   quantize_block(format, x, global_scale)      common/quantize.cuh: float32 [n] -> (value bytes, stored scale)
 //   round_block(format, x, global_scale)         common/quantize.cuh: float32 [n] -> float32 [n], what a rounded format stores
 //   fp8_block_scales(amax)                       common/quantize.cuh: float32 [n] -> float32 [n]
+//   unpack_words(words)                          grouped_gemm/packed_word.h: uint32 [n] -> uint32 [n, 4]
 //   choose_tactic(facts), possible_tactics(facts)  grouped_gemm/tactics_sm90.h: facts as (elements by number, num_rows,
 //                                                  num_experts, hidden_size, intermediate_size, num_sms, can_gather, can_split,
 //                                                  local_share, rounds_acts)
@@ -18,6 +19,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <cutlass/detail/sm100_blockscaled_layout.hpp>
 #include <string>
 #include <tuple>
@@ -26,6 +28,7 @@
 
 #include "common/quantize.cuh"
 #include "common/scale_layouts.h"
+#include "grouped_gemm/packed_word.h"
 #include "grouped_gemm/tactics_sm90.h"
 
 namespace py = pybind11;
@@ -180,6 +183,17 @@ py::bytes fp8_block_scales(const std::string& amax) {
   return to_bytes(scales);
 }
 
+py::bytes unpack_words(const std::string& words) {
+  std::vector<uint32_t> in(words.size() / 4), out;
+  std::memcpy(in.data(), words.data(), 4 * in.size());
+  for (const uint32_t word : in) {
+    uint32_t registers[4];
+    moe::unpack_word(word, registers);
+    out.insert(out.end(), registers, registers + 4);
+  }
+  return to_bytes(out);
+}
+
 using Facts = std::tuple<int, int64_t, int32_t, int64_t, int64_t, int32_t, bool, bool, double, bool>;
 
 moe::sm90::LayerFacts layer_facts(const Facts& facts) {
@@ -208,6 +222,7 @@ PYBIND11_MODULE(_host, module) {
   module.def("quantize_block", &quantize_block, "format"_a, "x"_a, "global_scale"_a = 1.f);
   module.def("round_block", &round_block, "format"_a, "x"_a, "global_scale"_a = 1.f);
   module.def("fp8_block_scales", &fp8_block_scales, "amax"_a);
+  module.def("unpack_words", &unpack_words, "words"_a);
   module.def("choose_tactic", &choose_tactic, "facts"_a);
   module.def("possible_tactics", &possible_tactics, "facts"_a);
   bind_block_scaled(module);
