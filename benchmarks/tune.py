@@ -23,7 +23,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from torch_moe_ops.cli import _layer
+from torch_moe_ops.cli.bench import names_of, numbers
 from torch_moe_ops.cli.bench.measure import time_calls
 from torch_moe_ops.cli.bench.results import ResultFile, environment, read_results
 from torch_moe_ops.experts import Experts
@@ -438,24 +439,6 @@ def run_measure(args: argparse.Namespace) -> int:
         for format, sizes in product(args.formats, layers):
             tuner.layer(format, sizes, args.tokens)
     return 0
-
-
-def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
-    """Of an argument: known names, with commas between."""
-
-    def names(text: str) -> list[str]:
-        for name in text.split(","):
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {name}")
-        return text.split(",")
-
-    return names
-
-
-def numbers(text: str) -> list[int]:
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise argparse.ArgumentTypeError(f"expected positive numbers with commas between, got {text}")
-    return [int(number) for number in text.split(",")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

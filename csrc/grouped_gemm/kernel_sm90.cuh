@@ -1,22 +1,22 @@
 // The SM90 grouped GEMM, alone or two of them fused: tiles, shared memory, and how thread blocks find their work.
 //   out[r, n] = sum_k tokens[r, k] * weights[e, n, k] for rows r that expert e uses
 //
-// One persistent thread block per SM (two of some packed kernels) draws tiles (gemm, expert, weight rows, tokens) from a counter in device memory and
-// finds them in expert_offsets. Drawn in order, tiles with the same weight rows run at the same time, so that memory is
-// read once for all of them (dealt out in advance, thread blocks drift apart: DeepSeek-V3 EP8 in bf16 read its weights
-// twice at 8192 tokens, and was bound by that). The tokens of a neighbouring expert that a tile reads are never stored.
+// One persistent thread block per SM (two of some packed kernels) draws tiles (gemm, expert, weight rows, tokens) from a counter in device
+// memory and finds them in expert_offsets. Drawn in order, tiles with the same weight rows run at the same time, so that memory is read once
+// for all of them (dealt out in advance, thread blocks drift apart: DeepSeek-V3 EP8 in bf16 read its weights twice at 8192 tokens, and was
+// bound by that). The tokens of a neighbouring expert that a tile reads are never stored.
 //
 //   producer warp 0: draws tiles; TMA of weights, 128 or 256 bytes of K a stage, 128-byte swizzle (packed ones: bulk copies)
 //   producer warps 1 to kTokenWarps: TMA of tokens (or gather_sm90.cuh, split_sm90.cuh), and for float8 products of the float32 scales (any
 //   strides)
 //   1 or 2 consumer warpgroups: wgmma, promotion (float8), epilogue
 //
-// Narrow tiles (8 to 32 tokens, in some kernels 64; packed: up to 128): weight rows are wgmma's 64-row operand and tokens its N operand ("swap A/B"), so that
-// decode multiplies hardly more tokens than there are. Wide tiles (128 tokens): tokens are the 64-row operand, one half
-// for each warpgroup; a thread then needs two token scales a K block, where narrow tiles read one for each of its tokens
-// (at 128 tokens ncu showed L1/shared memory 79 % busy with those, 50 % without). In both, gate and up of one channel
-// meet in one thread, because a warpgroup computes one wave of gate rows and one of up rows (Mode::gated). Half-wide tiles (64 tokens, where a
-// kernel has wide ones of two waves): each warpgroup multiplies one wave by all tokens, and then they exchange gate for up.
+// Narrow tiles (8 to 32 tokens, in some kernels 64; packed: up to 128): weight rows are wgmma's 64-row operand and tokens its N operand
+// ("swap A/B"), so that decode multiplies hardly more tokens than there are. Wide tiles (128 tokens): tokens are the 64-row operand, one half
+// for each warpgroup; a thread then needs two token scales a K block, where narrow tiles read one for each of its tokens (at 128 tokens ncu
+// showed L1/shared memory 79 % busy with those, 50 % without). In both, gate and up of one channel meet in one thread, because a warpgroup
+// computes one wave of gate rows and one of up rows (Mode::gated). Half-wide tiles (64 tokens, where a kernel has wide ones of two waves):
+// each warpgroup multiplies one wave by all tokens, and then they exchange gate for up.
 //
 // Two GEMMs in one launch: tiles of GEMM2 are drawn after all of GEMM1, and wait until the act of their tokens is complete
 // (`ready`; split: gate_up itself says so). Their weights do not wait: the pipeline fills with them while GEMM1 ends. Every tile

@@ -9,7 +9,7 @@ namespace moe {
 
 __host__ __device__ __forceinline__ uint32_t rotate_left(uint32_t x, int by) { return x << by | x >> (32 - by); }
 
-// The four registers of one step of 16 k, two numbers each, without their scales. Of all arrangements this needs the fewest instructions: 9.
+// The four registers of one step of 16 k, two numbers each, without their scales, in 9 instructions.
 __host__ __device__ __forceinline__ void unpack_word(uint32_t word, uint32_t (&registers)[4]) {
   constexpr uint32_t kBits = 0x81C081C0, kLowest = 0x00400040;
   registers[0] = word & kBits;

@@ -117,7 +117,7 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
     else for (int kb = 0; leader && kb < g.k_stages; ++kb, pipe.advance()) {  // `pipe` is the leader's, who alone waits and copies
       smem.empty[pipe.stage].wait(pipe.phase ^ 1);
       Barrier& full = smem.full[pipe.stage];
-      full.arrive_and_expect_tx(C::kFewerRows > 0 && tile.gemm == 0 ? C::kGemm1WeightBytes : C::kWeightBytes);
+      full.arrive_and_expect_tx(tile.gemm == 0 ? C::kGemm1WeightBytes : C::kWeightBytes);
       for (int w = 0; w < C::kWaves; ++w) {
         int32_t part, row;
         wave_origin<C>(p, tile, w, part, row);
