@@ -26,7 +26,7 @@ ORDER = (
     + ("topk", "sort_slots", "quantize", "permute", "grouped_gemm", "act_mul", "finalize")
     + ("quantize_weight", "compute_global_scale", "convert_weight", "fold_global_scale", "to_gate_up", "from_gate_up")
     + ("pack_scale", "unpack_scale", "pack_weight", "unpack_weight", "Experts.packed")
-    + ("checkpoints.load_experts", "max_rows", "workspace_bytes", "explain", "build_info")
+    + ("checkpoints.load_experts", "local_expert_map", "max_rows", "workspace_bytes", "explain", "build_info")
 )
 
 

@@ -19,6 +19,7 @@ T, E, K, H, I = 9, 6, 2, 256, 128  # noqa: E741
 def make_config(**changes: object) -> SimpleNamespace:
     """MoeRunnerConfig with the defaults of SGLang."""
     defaults = {
+        "num_experts": E,  # of all ranks
         "top_k": K,
         "activation": "silu",
         "is_gated": True,

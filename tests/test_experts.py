@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from torch_moe_ops import Experts
 from torch_moe_ops.cli import _layer
-from torch_moe_ops.experts import TENSORS, to_gate_up
+from torch_moe_ops.experts import TENSORS, local_expert_map, to_gate_up
 from torch_moe_ops.formats import FORMATS, decode_scale, quantize_weight
 
 CASE = _layer.Case("test", 4, 6, 128, 96, 2)
@@ -130,6 +130,16 @@ def test_options_reach_the_op():
                 assert not torch.equal(other(*inputs), expected), name
 
 
+def test_local_expert_map_changes_no_id():
+    expert_map = local_expert_map(3, 8)
+    assert expert_map.dtype == torch.int32
+    assert expert_map.tolist() == [0, 1, 2, -1, -1, -1, -1, -1]
+    ids = torch.tensor([[2, -1], [0, 1], [-1, -1], [1, 2]], dtype=torch.int32)
+    with_map = torch.ops.moe.sort_slots(ids, 3, expert_map=expert_map)
+    assert all(map(torch.equal, with_map, torch.ops.moe.sort_slots(ids, 3)))
+    assert torch.equal(local_expert_map(3, 3), torch.arange(3, dtype=torch.int32))
+
+
 def test_not_gated():
     w13, w2 = random_weights()
     experts = Experts.from_weights(w13[:, :96].contiguous(), w2, format="int8", activation="relu2_no_mul")
@@ -198,6 +208,7 @@ ERRORS = {
     "Experts: w13_layout: expected gate_up for silu_no_mul, which is not gated, got up_gate": lambda w13, w2: (
         Experts.from_weights(w13, w2, activation="silu_no_mul", w13_layout="up_gate")
     ),
+    "local_expert_map: num_experts: expected 1 to num_router_experts (4), got 5": lambda *_: local_expert_map(5, 4),
     "to_gate_up: layout: expected one of gate_up, up_gate, interleaved, got up": lambda w13, w2: to_gate_up(w13, "up"),
     "to_gate_up: tensor: expected [E, R, ...] with R a multiple of 256, got [4, 192, 128]": lambda w13, w2: to_gate_up(
         w13, "interleaved", group=128

@@ -9,7 +9,7 @@ from . import _library as _library  # defines torch.ops.moe
 from .backends import explain
 from .build_info import build_info
 from .conversions import convert_weight, fold_global_scale
-from .experts import Experts, from_gate_up, to_gate_up
+from .experts import Experts, from_gate_up, local_expert_map, to_gate_up
 from .formats import FORMATS, compute_global_scale, quantize_weight
 from .meta_kernels._sizes import max_rows, workspace_bytes
 from .ops.act_mul import act_mul
@@ -42,6 +42,7 @@ __all__ = [
     "from_gate_up",
     "fused_moe",
     "grouped_gemm",
+    "local_expert_map",
     "max_rows",
     "pack_scale",
     "pack_weight",

@@ -76,6 +76,20 @@ def from_gate_up(tensor: Tensor, layout: str, *, group: int = 1) -> Tensor:
     return tensor.unflatten(1, (2, -1, group)).transpose(1, 2).flatten(1, 3)  # [E, R / group, gate or up, group, ...]
 
 
+def local_expert_map(num_experts: int, num_router_experts: int, device: torch.device | str | None = None) -> Tensor:
+    """An `expert_map` for ids that are local already, -1 for the experts of other ranks: int32 [num_router_experts].
+
+        map[id] = id if id < num_experts else -1
+
+    It changes no id. Its size says how many experts the router chooses from, so that a kernel can expect this rank to
+    get num_experts / num_router_experts of the slots when it decides how to divide its work.
+    """
+    if not 0 < num_experts <= num_router_experts:
+        refuse("local_expert_map", "num_experts", f"1 to num_router_experts ({num_router_experts})", num_experts)
+    ids = torch.arange(num_router_experts, dtype=torch.int32, device=device)
+    return ids.masked_fill_(ids >= num_experts, -1)
+
+
 class Experts(nn.Module):
     """The experts of one MoE layer. All tensors are buffers, under their names in moe::fused_moe."""
 

@@ -63,6 +63,37 @@ __device__ __forceinline__ const float* weight_scales(const KernelParams& p, con
 template <class C>
 constexpr int kBlockK = 128 / int(sizeof(typename C::Element));
 
+// Warp 0: a tile's weights that are not packed; float8: first their scales, to L2, long before the token warps read them. All lanes go through
+// the loop, with what the compiler knows to be uniform: else it moves the operands of each copy to uniform registers in a loop of its own.
+template <class C>
+__device__ __forceinline__ void load_plain(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe) {
+  auto uniform = [](int x) { return __shfl_sync(~0u, x, 0); };
+  const int gemm = uniform(tile.gemm), bytes = gemm == 0 ? C::kGemm1WeightBytes : C::kWeightBytes, lane = threadIdx.x % kLanes;
+  const GemmParams& g = p.gemm[gemm];
+  int row[C::kWaves], group[C::kWaves];
+  for (int w = 0; w < C::kWaves; ++w) {
+    int32_t part;
+    wave_origin<C>(p, tile, w, part, row[w]);
+    row[w] = uniform(row[w]);
+    group[w] = uniform(tile.expert * g.parts + part);
+    if constexpr (C::kFloat8)
+      for (int kb = lane; kb < g.k_blocks; kb += kLanes)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(weight_scales<C>(p, tile, w) + kb * g.b_scale.stride_k));
+  }
+  pipe = {uniform(pipe.stage), uint32_t(uniform(pipe.phase))};
+#pragma unroll 1
+  for (int kb = 0; kb < g.k_stages; ++kb, pipe.advance()) {
+    smem.empty[pipe.stage].wait(pipe.phase ^ 1);
+    if (lane > 0) continue;
+    Barrier& full = smem.full[pipe.stage];
+    full.arrive_and_expect_tx(bytes);
+    for (int w = 0; w < C::kWaves; ++w)
+      for (int h = 0; h < C::kStageBlocks; ++h)
+        tma_load(smem.weights + pipe.stage * C::kWeightBytes + h * C::kBlockWeightBytes + w * C::kWaveRows * 128, &g.weights, full,
+                 (kb * C::kStageBlocks + h) * kBlockK<C>, row[w], group[w]);
+  }
+}
+
 // Warp 0: draws tiles, tells the other warps, and fills the stages with weights. What comes next is drawn before the current tile is
 // loaded, so the counter's latency is hidden. `drawn` is lane 0's first tile. Split: the second one is drawn once the first is loaded and all
 // thread blocks have theirs, because some start later, and tiles are few and long (4 tokens of DeepSeek-V3 TP8: 64 us if not, 55 so).
@@ -108,24 +139,8 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
     }
     slot.advance();
     if (tile.size == 0) return;
-    const GemmParams& g = p.gemm[tile.gemm];
-    if constexpr (C::kFloat8 && !C::kPacked)  // to L2, long before the token warps read them
-      for (int w = 0; w < C::kWaves; ++w)
-        for (int kb = threadIdx.x & 31; kb < g.k_blocks; kb += kLanes)
-          asm volatile("prefetch.global.L2 [%0];" ::"l"(weight_scales<C>(p, tile, w) + kb * g.b_scale.stride_k));
     if constexpr (C::kPacked) load_packed<C>(p, smem, tile, pipe);
-    else for (int kb = 0; leader && kb < g.k_stages; ++kb, pipe.advance()) {  // `pipe` is the leader's, who alone waits and copies
-      smem.empty[pipe.stage].wait(pipe.phase ^ 1);
-      Barrier& full = smem.full[pipe.stage];
-      full.arrive_and_expect_tx(tile.gemm == 0 ? C::kGemm1WeightBytes : C::kWeightBytes);
-      for (int w = 0; w < C::kWaves; ++w) {
-        int32_t part, row;
-        wave_origin<C>(p, tile, w, part, row);
-        for (int h = 0; h < C::kStageBlocks; ++h)
-          tma_load(smem.weights + pipe.stage * C::kWeightBytes + h * C::kBlockWeightBytes + w * C::kWaveRows * 128, &g.weights, full,
-                   (kb * C::kStageBlocks + h) * kBlockK<C>, row, tile.expert * g.parts + part);
-      }
-    }
+    else load_plain<C>(p, smem, tile, pipe);
     if (first_draw && leader) {
       for (int tries = 0; tries < 20 && load_acquire(p.tile_counter) < grid; ++tries) __nanosleep(100);
       draw();

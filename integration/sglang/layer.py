@@ -4,8 +4,8 @@
 
 E is the number of experts on this rank and I this rank's share of the intermediate size. With expert parallelism
 SGLang's dispatcher has turned the router's ids into local ones already, -1 for the experts of other ranks and for rows
-that only pad the batch. The weights are read from the layer at every call, because SGLang may replace them while it
-serves (weight updates, expert rebalancing).
+that only pad the batch; an `expert_map` tells moe::fused_moe how many experts the router has. The weights are read from
+the layer at every call, because SGLang may replace them while it serves (weight updates, expert rebalancing).
 """
 
 from __future__ import annotations
@@ -66,6 +66,10 @@ class LayerRunner:
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """What moe::fused_moe would refuse at the first request is refused here."""
         self.stored.prepare(layer)
+        num_experts, num_router_experts = layer.w2_weight.shape[0], getattr(self.config, "num_experts", None)
+        if num_router_experts is not None and num_experts < num_router_experts:
+            expert_map = moe.local_expert_map(num_experts, num_router_experts, layer.w2_weight.device)
+            self.options["expert_map"] = expert_map
         if self.explanation.problem.packed:
             self.pack(layer)
         options = {name: value for name, value in self.options.items() if name != "w13_layout"}  # only a row order

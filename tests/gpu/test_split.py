@@ -145,3 +145,26 @@ def test_again_and_again_in_a_graph(sm90_product: str) -> None:
     torch.cuda.synchronize()
     for i, output in enumerate(outputs):
         assert torch.equal(output, expected[i % 2])
+
+
+@pytest.mark.parametrize("others", ["a long kernel", "their like"])
+def test_thread_blocks_that_start_late(sm90_product: str, others: str) -> None:
+    """Some thread blocks start when others wait for their tiles: SMs are taken by another stream, by layers that end a
+    thread block at a time, or by layers that wait in the same way."""
+    call = layer(sm90_product, 1, hidden_size=2048, intermediate_size=1024, num_experts=64)
+    other = layer(sm90_product, 1 if others == "their like" else 600, hidden_size=2048, intermediate_size=1024)
+    tactics = SPLIT[is_packed(call.args[1]) :]
+    expected = with_tactic(call, "gated64")
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    outputs = []
+    for repeat in range(40):
+        tactic = tactics[repeat % len(tactics)]
+        with torch.cuda.stream(streams[0]):
+            with_tactic(other, tactic if others == "their like" else "gated64")
+        with torch.cuda.stream(streams[1]):
+            outputs.append((tactic, with_tactic(call, tactic)))
+    torch.cuda.synchronize()
+    for tactic, output in outputs:
+        assert torch.equal(output, expected), tactic

@@ -125,6 +125,25 @@ def explain_like_sm90(**facts: object) -> backends.Explanation:
     return backends.Explanation(problem, (backends.Verdict("reference", reason),))
 
 
+def test_expert_parallelism_tells_how_many_experts_the_router_has(monkeypatch) -> None:
+    """The ids stay what they are: local ones, or -1."""
+    calls = []
+
+    def fused_moe(*args: Tensor, **options: object) -> Tensor:
+        calls.append(options)
+        return moe.fused_moe(*args, **options)
+
+    monkeypatch.setattr(
+        "torch_moe_ops.integration.sglang.layer.moe", SimpleNamespace(**vars(moe) | {"fused_moe": fused_moe})
+    )
+    dispatched = make_dispatched()
+    dispatched.topk_output.topk_ids[::2, 0] = -1
+    alone = run(make_method(), make_layer(), make_config(), dispatched)
+    assert "expert_map" not in calls[-1]
+    assert torch.equal(run(make_method(), make_layer(), make_config(num_experts=4 * E), dispatched), alone)
+    assert calls[-1]["expert_map"].tolist() == [*range(E), *[-1] * (3 * E)]
+
+
 @pytest.mark.parametrize("method", [fp8_method(weight_block_size=None), make_method("ModelOptFp8MoEMethod")])
 def test_fp8_with_a_scale_per_tensor_is_fp8_with_equal_blocks(method) -> None:
     layer, dispatched = make_layer(), make_dispatched()

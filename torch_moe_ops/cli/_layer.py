@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backends import explain_choices
-from ..experts import Experts
+from ..experts import Experts, local_expert_map
 from ..formats import FORMATS, ceil_div, quantize_weight
 from ..packed_weights import is_packed, unpack_weight
 
@@ -75,7 +75,10 @@ TINY = Case("tiny", 4, 8, 256, 192, 2)
 
 
 def make_experts(case: Case, format: str, act_format: str = "", device: str = "cuda", seed: int = 1) -> Experts:
-    """Normal weights / sqrt(K), each 128 x 128 block of its own magnitude, so that a wrong scale index shows up."""
+    """Normal weights / sqrt(K), each 128 x 128 block of its own magnitude, so that a wrong scale index shows up.
+
+    One rank of several has an expert_map, which says so: the ids of `make_inputs` are local already.
+    """
     generator = torch.Generator(device=device).manual_seed(seed)
     sizes = {
         "w13": (2 * case.intermediate_size, case.hidden_size, 2),
@@ -91,6 +94,8 @@ def make_experts(case: Case, format: str, act_format: str = "", device: str = "c
                 if part is not None:
                     whole = tensors.setdefault(name + suffix, part.new_empty((case.num_experts, *part.shape[1:])))
                     whole[first : first + count] = part
+    if case.num_experts < case.num_router_experts:
+        tensors["expert_map"] = local_expert_map(case.num_experts, case.num_router_experts, device)
     experts = Experts(tensors.pop("w13"), tensors.pop("w2"), **tensors, format=format, act_format=act_format)
     return experts.packed() if needs_packing(experts) else experts
 
