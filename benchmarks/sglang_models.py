@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes small Mixture-of-Experts checkpoints that SGLang loads, with random weights or with a configuration alone.
 
-    python benchmarks/sglang_models.py glm4 fp8_block DIR                  two layers, eight experts, 10 MB
+    python benchmarks/sglang_models.py glm4 fp8_block DIR                  two layers, eight experts, 5 MB
     python benchmarks/sglang_models.py glm4 fp8_block DIR --dequantised    the same numbers, written as bf16
     python benchmarks/sglang_models.py dsv3_tp8 fp8_block DIR              config.json only, for --load-format dummy
 
@@ -319,6 +319,8 @@ def main() -> None:
     family = FAMILIES[args.family]
     if args.checkpoint != "bf16" and (args.checkpoint == "mxfp4") != (family.config["model_type"] == "gpt_oss"):
         parser.error("mxfp4 is the format of gpt-oss models, which are stored so or in bf16; others take ct_mxfp4")
+    if args.directory.exists() and not args.directory.is_dir():
+        parser.error(f"directory: expected a directory, got the file {args.directory}")
     args.directory.mkdir(parents=True, exist_ok=True)
     config = make_config(family, "bf16" if args.dequantised else args.checkpoint)
     (args.directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -299,7 +299,10 @@ def check(run: Run) -> None:
 
 
 def names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    found = [name for name in text.split(",") if name]
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected names, separated by commas, got {text!r}")
+    return found
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -327,6 +330,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--life", type=float, default=900, help="seconds after which a server is killed")
     parser.add_argument("--patience", type=float, default=120, help="seconds that one answer may take")
     args = parser.parse_args(argv)
+    if not (args.model / "config.json").is_file():
+        parser.error(f"model: expected a directory with a config.json, got {args.model}")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json: expected a file in a directory that exists, got {args.json}")
     args.output = args.output or (64 if args.command == "speed" else 16)
     return args
 

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torch_moe_ops.cli import _layer
+from torch_moe_ops.cli import _layer, _run
 from torch_moe_ops.cli.bench import names_of, numbers
 from torch_moe_ops.cli.bench.measure import time_calls
 from torch_moe_ops.cli.bench.results import ResultFile, environment, read_results
@@ -276,7 +276,9 @@ def read_table(text: str) -> dict[str, Constants]:
     """What `table_text` has written."""
     table = {}
     for elements in ELEMENTS:
-        [body] = re.findall(rf"TacticConstants {_name(elements)} = {{(.*?)}};", text, re.DOTALL)
+        body = "".join(re.findall(rf"TacticConstants {_name(elements)} = {{(.*?)}};", text, re.DOTALL))
+        if not body:
+            raise _run.Refused(f"fit: --header: expected a table with {_name(elements)}, got none")
         values = re.findall(r"\.(\w+) = (\S+?)(?:,|$)", body)
         table[elements] = Constants(**{name: math.inf if x == "kAlways" else float(x) for name, x in values})
     return table
@@ -347,6 +349,8 @@ def report(elements: str, points: Sequence[Timed], current: Constants, fitted: C
 def read_points(path: Path) -> dict[str, list[Timed]]:
     """By elements, in the order of the file."""
     header, lines = read_results(path)
+    if "num_sms" not in header or not lines or not all("tactic" in line for line in lines):
+        raise _run.Refused(f"fit: {path}: expected a file of `tune.py measure`, got another one")
     points: dict[str, dict[str, Timed]] = {elements: {} for elements in ELEMENTS}
     for line in lines:
         sizes = [line[name] for name in ("num_experts", "hidden_size", "intermediate_size")]
@@ -466,7 +470,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fitting.add_argument("--check", action="store_true", help="write nothing, exit status 1 if that would change it")
     fitting.set_defaults(run=run_fit)
     args = parser.parse_args(argv)
-    return args.run(args)
+    return _run.run("tune", lambda: args.run(args))
 
 
 if __name__ == "__main__":

@@ -33,12 +33,62 @@ def test_module_entry_point_lists_the_commands():
     assert "_layer" not in help_text
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["explain", "--format", "fp7"], ["bench", "--cases", "nope"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nonsense"],
+        ["explain", "--format", "fp7"],
+        ["explain", "--sm", "0"],
+        ["explain", "--top-k", "0"],
+        ["bench", "--cases", "nope"],
+        ["bench", "--tiny", "--budget-s", "nan"],
+    ],
+)
 def test_bad_arguments_are_refused(argv, capsys):
     with pytest.raises(SystemExit) as error:
         main(argv)
     assert error.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+@CPU_ONLY
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["bench", "--tiny", "--tokens", "8192"], "bench: --tokens: expected at most 128 with --tiny, got [8192]"),
+        (["bench", "--tiny", "--json", "/nonexistent/x"], "bench: [Errno 2] No such file or directory: "),
+        (["bench", "compare", "/nonexistent", "--baseline", "x"], "bench: [Errno 2] No such file or directory: "),
+        (["demo", "--device", "cuda"], "demo: --device: expected cpu where there is no CUDA GPU, got cuda"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(argv, sentence, capsys):
+    status, out, err = run(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert err.startswith(sentence) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text, got",
+    [
+        ("", "expected a result file, a JSON object a line, got NoneType"),
+        ("[1]\n", "expected a result file, a JSON object a line, got list"),
+        ("text\n", "expected JSON Lines, got Expecting value: "),
+        ('{}\n{"us": 1}\n', "expected points with case, format and tokens, got one without 'case'"),
+    ],
+)
+def test_foreign_result_files_are_refused(text, got, capsys, tmp_path):
+    foreign = tmp_path / "foreign.jsonl"
+    foreign.write_text(text)
+    status, out, err = run(capsys, "bench", "compare", str(foreign), "--baseline", str(foreign))
+    assert (status, out) == (2, "") and got in err and err.count("\n") == 1
+
+
+def test_output_that_nobody_reads_any_more():
+    command = [sys.executable, "-m", "torch_moe_ops", "info", "--table"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 141
 
 
 def test_info_is_json(capsys):
@@ -242,6 +292,16 @@ def test_short_calls_are_repeated_within_a_graph(monkeypatch, gpu_ms: float, rou
     assert measure._replay_ms(rounds, 1)[0] > 0.016
 
 
+@CPU_ONLY
+def test_formats_that_do_not_go_together_fail_as_points(capsys, tmp_path):
+    path = tmp_path / "x.jsonl"
+    argv = ("bench", "--tiny", "--tokens", "1", "--formats", "bf16,fp8_block", "--act-format", "fp8_block")
+    status, out, _ = run(capsys, *argv, "--json", str(path))
+    assert status == 1 and "failed: Experts: act_format: expected " in out
+    points = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    assert [(point["format"], point["ok"]) for point in points] == [("bf16", False), ("fp8_block", True)]
+
+
 def test_budget_skips_the_rest(capsys):
     status, _, err = run(capsys, "bench", "--tiny", "--tokens", "1,8", "--budget-s", "0")
     assert status == 0 and err == "bench: 4 points skipped: the budget of 0 s is spent\n"
@@ -352,7 +412,9 @@ def test_compare(capsys, tmp_path):
     assert "fused_moe, uniform routing: geometric mean of 2 speedups: 1.000" in out
     assert f"not in {ours}: c bf16 1 uniform fused_moe" in out
     assert compare.geomean([2.0, 8.0]) == pytest.approx(4.0)
-    assert run(capsys, "bench", "compare", ours, "--baseline", write(tmp_path / "none.jsonl", "none"))[0] == 1
+    none = write(tmp_path / "none.jsonl", "none")
+    status, out, err = run(capsys, "bench", "compare", ours, "--baseline", none)
+    assert (status, out, err) == (2, "", f"bench: expected points that {ours} and a baseline share, got none\n")
 
 
 def test_compare_sets_like_beside_like():

@@ -87,7 +87,8 @@ def test_choices() -> None:
     assert not set(layers.values()) & set(tune.LAYERS)
     lines = []
     for (name, (*sizes, top_k)), tokens in product(layers.items(), (1, 8, 128, 512, 8192)):
-        facts = [tune.Facts(elements, tokens * top_k, *sizes, NUM_SMS) for elements in tune.ELEMENTS]
+        share = 1 / 8 if name == "dsv3_ep8" else 1.0
+        facts = [tune.Facts(each, tokens * top_k, *sizes, NUM_SMS, local_share=share) for each in tune.ELEMENTS]
         chosen = (f"{tune.choose_tactic(each, TABLE[each.elements]):<18}" for each in facts)
         lines.append(f"{name:<9}{tokens:>5}  {''.join(chosen)}".rstrip())
     assert_expected_inline(
@@ -98,10 +99,10 @@ dsv3_tp8     8  split128          split128          split128          gated64
 dsv3_tp8   128  gated64           gated64           gated32           gated64
 dsv3_tp8   512  gated64           gated64           gated64           gated64
 dsv3_tp8  8192  gathered128       gathered128       gathered128       gated64
-dsv3_ep8     1  split128          split128          split128          gated64
-dsv3_ep8     8  gated64           gated64           gated32           gated64
-dsv3_ep8   128  gated64           gated64           gated64           gated64
-dsv3_ep8   512  gated128          gated128          gated128          gated64
+dsv3_ep8     1  split64           split64           split64           split64
+dsv3_ep8     8  split128          split128          split128          gated64
+dsv3_ep8   128  gated64           gated64           gated32           gated64
+dsv3_ep8   512  gated64           gated64           gated64           gated64
 dsv3_ep8  8192  gated128          gated128          gated128          gated64
 qwen30b      1  split128          split128          split128          split128
 qwen30b      8  gated64           gated64           gated64           gated64
@@ -255,3 +256,15 @@ def test_help(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit) as exit:
         tune.main([*command, "--help"])
     assert exit.value.code == 0 and "--help" in capsys.readouterr().out
+
+
+def test_fit_takes_files_of_measure_alone(capsys, tmp_path) -> None:
+    for path in (tune.ROOT / "benchmarks/results/h200_hopper.jsonl", tmp_path / "nothing.jsonl"):
+        (tmp_path / "nothing.jsonl").write_text('{"num_sms": 132}\n')
+        assert tune.main(["fit", str(path), "--check"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err == f"tune: fit: {path}: expected a file of `tune.py measure`, got another one\n"
+    header = tmp_path / "header.h"
+    header.write_text("")
+    assert tune.main(["fit", "--header", str(header), "--check"]) == 2
+    assert capsys.readouterr().err == "tune: fit: --header: expected a table with kBits16Tactics, got none\n"

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
+import torch
+
 from torch_moe_ops.backends import explain_choices
+from torch_moe_ops.cli.explain import positive
 
 from .support import act_formats, supported
 
@@ -44,21 +47,38 @@ def read_config(config: dict, tp: int = 1, ep: int = 1, dtype: str = "auto") -> 
 
     SGLang's --tp counts all ranks and --ep divides them: tp / ep ranks share an expert.
     """
-    config = {**config, **config.get("text_config", {})}
+    config = text_config(config)
     found = {}
     for name, aliases in NAMES.items():
-        value = next((config[alias] for alias in aliases if config.get(alias)), None)
-        if value is None:
+        alias = next((alias for alias in aliases if config.get(alias)), None)
+        if alias is None:
             raise ValueError(f"config.json has no {' or '.join(aliases)}: this is no model with experts that we know")
-        found[name] = value
+        if not isinstance(config[alias], int):
+            raise ValueError(f"config.json: {alias}: expected a whole number, got {config[alias]!r}")
+        found[name] = config[alias]
     if tp % ep or found["num_experts"] % ep or found["intermediate_size"] % (tp // ep):
         raise ValueError(f"--tp {tp} --ep {ep} does not divide {found}")
     found["num_experts"] //= ep
     found["intermediate_size"] //= tp // ep
     experts = ExpertsOfRank(format=read_format(config, dtype), **found)
-    if experts.format == "fp8_block" and experts.intermediate_size % 128:
+    if experts.format == "fp8_block" and has_blocks(config) and experts.intermediate_size % 128:
         raise ValueError(f"128x128 blocks do not fit {experts.intermediate_size} columns on a rank: use --ep {tp}")
     return experts
+
+
+def text_config(config: dict) -> dict:
+    """What a model of several kinds of input says of its text, at the top."""
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json: expected an object, got {type(config).__name__}")
+    return {**config, **(config.get("text_config") or {})}
+
+
+def has_blocks(config: dict) -> bool:
+    """Of FP8 experts: whether the checkpoint stores scales of blocks, not of whole tensors."""
+    quantisation = config.get("quantization_config") or config.get("compression_config")
+    groups = quantisation.get("config_groups", {}).values()
+    strategies = {(group.get("weights") or {}).get("strategy") for group in groups}
+    return quantisation.get("weight_block_size") is not None or "block" in strategies
 
 
 def read_format(config: dict, dtype: str = "auto") -> str:
@@ -111,7 +131,7 @@ def _compressed_format(weights: dict, activations: dict) -> str | None:
 
 def moe_layers(config: dict) -> list[int]:
     """The layers that have experts, as far as config.json tells."""
-    config = {**config, **config.get("text_config", {})}
+    config = text_config(config)
     layers = range(config.get("first_k_dense_replace", 0), config.get("num_hidden_layers", 0))
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     return [i for i in layers if (i + 1) % step == 0 and i not in dense]
@@ -136,10 +156,10 @@ def plugin_line() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The server's flags that decide, under the server's names."""
     parser.add_argument("model_dir", type=Path, help="a directory with a config.json")
-    parser.add_argument("--tp", "--tp-size", "--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--ep", "--ep-size", "--expert-parallel-size", type=int, default=1)
+    parser.add_argument("--tp", "--tp-size", "--tensor-parallel-size", type=positive, default=1)
+    parser.add_argument("--ep", "--ep-size", "--expert-parallel-size", type=positive, default=1)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", help="default: the GPU, if there is one")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one")
     parser.add_argument("--moe-a2a-backend", default="none")
     parser.add_argument("--enable-lora", action="store_true")
     parser.add_argument("--lora-paths", nargs="*")
@@ -161,6 +181,8 @@ def main(args: argparse.Namespace) -> int:
         if separate.exists() and "quantization_config" not in config:
             config["quantization_config"] = json.loads(separate.read_text())
         experts = read_config(config, args.tp, args.ep, args.dtype)
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device: expected cpu where there is no CUDA GPU, got cuda")
         for flag in refused_flags(args):
             raise ValueError(f"expected {supported(args.device)}, got {flag}")
     except (ValueError, OSError) as error:

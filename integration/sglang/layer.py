@@ -31,6 +31,10 @@ from .support import (
 logger = logging.getLogger("sglang.srt.torch_moe_ops")  # below "sglang", whose level --log-level sets
 
 
+# A buffer of the layer: SGLang keeps and restores those when it gives memory back for a while.
+EXPERT_MAP = "torch_moe_expert_map"
+
+
 class LayerRunner:
     """A layer's `quant_method.runner`; some of its methods replace those of the quantisation method."""
 
@@ -66,10 +70,10 @@ class LayerRunner:
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """What moe::fused_moe would refuse at the first request is refused here."""
         self.stored.prepare(layer)
-        num_experts, num_router_experts = layer.w2_weight.shape[0], getattr(self.config, "num_experts", None)
-        if num_router_experts is not None and num_experts < num_router_experts:
+        num_experts, num_router_experts = layer.w2_weight.shape[0], getattr(self.config, "num_experts", None) or 0
+        if num_experts < num_router_experts and not hasattr(layer, EXPERT_MAP):
             expert_map = moe.local_expert_map(num_experts, num_router_experts, layer.w2_weight.device)
-            self.options["expert_map"] = expert_map
+            layer.register_buffer(EXPERT_MAP, expert_map, persistent=False)
         if self.explanation.problem.packed:
             self.pack(layer)
         options = {name: value for name, value in self.options.items() if name != "w13_layout"}  # only a row order
@@ -108,6 +112,9 @@ class LayerRunner:
 
     def _fused_moe(self, layer: torch.nn.Module, hidden_states: Tensor, *routed: Tensor, **options: object) -> Tensor:
         tensors = (hidden_states.contiguous(), layer.w13_weight, layer.w2_weight, *routed)
+        expert_map = getattr(layer, EXPERT_MAP, None)
+        if expert_map is not None and layer.w2_weight.shape[0] < len(expert_map):  # not the experts of all ranks
+            options["expert_map"] = expert_map
         return moe.fused_moe(*tensors, **self.scales(layer), **self.options, **options)
 
     def _one_output_per_slot(

@@ -108,7 +108,7 @@ def nvfp4(method: object, layer: nn.Module) -> Stored:
         """One scale for all experts, also those of other ranks: the result does not depend on who computes it."""
         for name in ("13", "2"):
             scale = getattr(layer, f"w{name}_input_scale").max().float().reshape(1)
-            setattr(layer, f"a{name}_global_scale", scale)
+            replace_tensor(layer, f"a{name}_global_scale", scale)
 
     return Stored("nvfp4", NVFP4_SCALES, (hidden,) if only_weights else act_formats("nvfp4", hidden), prepare)
 
@@ -138,11 +138,29 @@ def invert_global_scales(layer: nn.Module) -> None:
         layer.register_parameter(f"w{name}_weight", getattr(layer, f"w{name}_weight_packed"))
         replace_parameter(layer, f"w{name}_weight_scale_2", 1 / getattr(layer, f"w{name}_weight_global_scale").float())
         if (act_scale := getattr(layer, f"w{name}_input_global_scale", None)) is not None:
-            setattr(layer, f"a{name}_global_scale", 1 / act_scale.min().float().reshape(1))
+            replace_tensor(layer, f"a{name}_global_scale", 1 / act_scale.min().float().reshape(1))
 
 
 def replace_parameter(layer: nn.Module, name: str, value: torch.Tensor) -> None:
-    setattr(layer, name, nn.Parameter(value, requires_grad=False))
+    """In the memory of the one before if it fits there: CUDA graphs outlive an update of the weights."""
+    if not overwrite(getattr(layer, name, None), value):
+        setattr(layer, name, nn.Parameter(value, requires_grad=False))
+
+
+def replace_tensor(layer: nn.Module, name: str, value: torch.Tensor) -> None:
+    """The same for what is no parameter."""
+    if not overwrite(getattr(layer, name, None), value):
+        setattr(layer, name, value)
+
+
+def overwrite(old: torch.Tensor | None, value: torch.Tensor) -> bool:
+    def layout(tensor: torch.Tensor) -> tuple[object, ...]:
+        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+    fits = old is not None and layout(old) == layout(value)
+    if fits:
+        old.data.copy_(value)
+    return fits
 
 
 def dtype_format(dtype: torch.dtype, what: str) -> str:

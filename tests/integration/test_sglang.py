@@ -140,8 +140,35 @@ def test_expert_parallelism_tells_how_many_experts_the_router_has(monkeypatch) -
     dispatched.topk_output.topk_ids[::2, 0] = -1
     alone = run(make_method(), make_layer(), make_config(), dispatched)
     assert "expert_map" not in calls[-1]
-    assert torch.equal(run(make_method(), make_layer(), make_config(num_experts=4 * E), dispatched), alone)
-    assert calls[-1]["expert_map"].tolist() == [*range(E), *[-1] * (3 * E)]
+    method, layer = make_method(), make_layer()
+    assert torch.equal(run(method, layer, make_config(num_experts=4 * E), dispatched), alone)
+    expert_map = calls[-1]["expert_map"]
+    assert expert_map.tolist() == [*range(E), *[-1] * (3 * E)]
+    # SGLang's memory saver restores buffers, checkpoints hold none, and graphs keep addresses over weight updates.
+    assert [name for name, buffer in layer.named_buffers() if buffer is expert_map] and not layer.state_dict()
+    method.process_weights_after_loading(layer)
+    method.apply(layer=layer, dispatch_output=dispatched)
+    assert calls[-1]["expert_map"] is expert_map
+    # The experts of all ranks in the place of this one's: ids are the router's.
+    for name in ("w13_weight", "w2_weight"):
+        setattr(layer, name, getattr(layer, name).repeat(4, 1, 1))
+    dispatched.topk_output.topk_ids += E * (dispatched.topk_output.topk_ids >= 0)
+    assert torch.equal(method.apply(layer=layer, dispatch_output=dispatched).hidden_states, alone)
+    assert "expert_map" not in calls[-1]
+
+
+def test_scales_stay_where_they_are_when_weights_are_updated() -> None:
+    """A CUDA graph that was captured before reads the new ones."""
+    layer = make_layer()
+    for name, parts in (("w13", 2), ("w2", 1)):
+        setattr(layer, f"{name}_weight", getattr(layer, f"{name}_weight").to(torch.float8_e4m3fn))
+        setattr(layer, f"{name}_weight_scale", torch.ones(E, parts)[:, : 2 if parts == 2 else 1].squeeze(1))
+    method = fp8_method(weight_block_size=None)
+    run(method, layer, make_config(), make_dispatched())
+    scale = layer.w13_weight_scale_inv
+    layer.w13_weight_scale.mul_(2)
+    method.process_weights_after_loading(layer)
+    assert layer.w13_weight_scale_inv is scale and (scale == 2).all()
 
 
 @pytest.mark.parametrize("method", [fp8_method(weight_block_size=None), make_method("ModelOptFp8MoEMethod")])

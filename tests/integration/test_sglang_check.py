@@ -25,6 +25,9 @@ FP8_CONFIG = {"quantization_config": {"quant_method": "fp8", "weight_block_size"
 
 def test_check_reads_the_experts_of_a_rank() -> None:
     assert check.read_config(QWEN, tp=4, ep=2) == check.ExpertsOfRank("bf16", 256, 128, 4, 2)
+    assert check.read_config(QWEN | {"text_config": None}) == check.ExpertsOfRank("bf16", 256, 256, 8, 2)
+    per_tensor = {"quantization_config": {"quant_method": "fp8"}}  # of any size: its scales are repeated for each block
+    assert check.read_config(QWEN | per_tensor, tp=4) == check.ExpertsOfRank("fp8_block", 256, 64, 8, 2)
     assert check.read_config({"text_config": QWEN | FP8_CONFIG}) == check.ExpertsOfRank("fp8_block", 256, 256, 8, 2)
 
 
@@ -33,6 +36,8 @@ def test_check_reads_the_experts_of_a_rank() -> None:
     [
         ({**QWEN, "num_experts": None}, {}, "no num_experts or n_routed_experts"),
         (QWEN, {"tp": 2, "ep": 3}, "--tp 2 --ep 3 does not divide"),
+        (QWEN | {"hidden_size": "256"}, {}, "config.json: hidden_size: expected a whole number, got '256'"),
+        ([QWEN], {}, "config.json: expected an object, got list"),
         (QWEN | FP8_CONFIG, {"tp": 4}, "128x128 blocks do not fit 64 columns on a rank: use --ep 4"),
         (QWEN | {"quantization_config": {"quant_method": "gptq"}}, {}, "got quant_method gptq"),
         (QWEN | {"torch_dtype": "float32"}, {}, "got float32"),

@@ -10,6 +10,8 @@ import pkgutil
 from collections.abc import Sequence
 from importlib import import_module
 
+from . import _run
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m torch_moe_ops", description="Mixture-of-Experts ops for PyTorch.")
@@ -24,6 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(subparser)
-        subparser.set_defaults(run=command.main)
+        subparser.set_defaults(run=command.main, name=name)
     args = parser.parse_args(argv)
-    return args.run(args) or 0
+    return _run.run(args.name, lambda: args.run(args))

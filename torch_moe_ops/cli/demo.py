@@ -66,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("demo: --device: expected cpu where there is no CUDA GPU, got cuda", file=sys.stderr)
+        return 2
     layers = [(SMALL, SMALL_TOKENS, args.formats)]
     if args.device == "cuda" and "fp8_block" in args.formats:
         layers.append((_layer.CASES["dsv3_ep8"], LARGE_TOKENS, ["fp8_block"]))

@@ -21,19 +21,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="bf16", choices=FORMATS, help="of the weights (default: bf16)")
     parser.add_argument("--act-format", default="", choices=FORMATS, help="of the activations (default: the weights')")
     parser.add_argument("--activation", default="silu", choices=ACTIVATIONS)
-    parser.add_argument("--hidden", type=int, metavar="H", help="hidden size")
-    parser.add_argument("--intermediate", type=int, metavar="I", help="intermediate size")
-    parser.add_argument("--experts", type=int, metavar="E", help="local experts")
-    parser.add_argument("--top-k", type=int, metavar="K", help="experts a token goes to")
+    parser.add_argument("--hidden", type=positive, metavar="H", help="hidden size")
+    parser.add_argument("--intermediate", type=positive, metavar="I", help="intermediate size")
+    parser.add_argument("--experts", type=positive, metavar="E", help="local experts")
+    parser.add_argument("--top-k", type=positive, metavar="K", help="experts a token goes to")
     parser.add_argument("--packed", action="store_true", help="the weights are results of pack_weight")
-    parser.add_argument("--sm", type=int, help="compute capability without the dot, 90 for an H100 or H200")
+    parser.add_argument("--sm", type=positive, help="compute capability without the dot, 90 for an H100 or H200")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def positive(text: str) -> int:
+    """An argparse type."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
 
 
 def main(args: argparse.Namespace) -> int:
     explanation = explain(
         args.op,
-        device="cuda" if args.sm or torch.cuda.is_available() else "cpu",
+        device="cuda" if args.sm is not None or torch.cuda.is_available() else "cpu",
         sm=args.sm,
         format=args.format,
         act_format=args.act_format,

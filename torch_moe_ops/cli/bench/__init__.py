@@ -9,6 +9,7 @@ failed.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -22,11 +23,12 @@ from ...formats import FORMATS
 from .. import _layer
 from . import compare
 from .host import measure_host_call
-from .measure import GRAPH_CALLS, Point, measure_fused_moe
+from .measure import GRAPH_CALLS, Point, measure_fused_moe, one_line
 from .results import ResultFile, environment
 from .stages import GEMMS, measure_stages
 
 TOKENS = tuple(GRAPH_CALLS)
+MOST_TOKENS_TINY = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=CANDIDATES["fused_moe"], help="force an overload (default: the chosen one)"
     )
-    parser.add_argument("--budget-s", type=float, default=float("inf"), help="start no point after this many seconds")
+    parser.add_argument("--budget-s", type=seconds, default=math.inf, help="start no point after this many seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON Lines")
     parser.add_argument("--commit", help="recorded in the results (default: git's HEAD, else the build's)")
     parser.add_argument(
@@ -83,13 +85,24 @@ def numbers(text: str) -> list[int]:
     return values
 
 
+def seconds(text: str) -> float:
+    """An argparse type."""
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected a number that is not negative, got {text}")
+    return value
+
+
 def main(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available() and not args.tiny:
         print("bench: device: expected a CUDA GPU, got none (--tiny runs a small layer on the CPU)", file=sys.stderr)
         return 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = [_layer.TINY] if args.tiny else [_layer.CASES[name] for name in args.cases]
-    tokens = [n for n in args.tokens if n <= 128] if args.tiny else args.tokens
+    tokens = [n for n in args.tokens if n <= MOST_TOKENS_TINY] if args.tiny else args.tokens
+    if not tokens:
+        print(f"bench: --tokens: expected at most {MOST_TOKENS_TINY} with --tiny, got {args.tokens}", file=sys.stderr)
+        return 2
     if args.host and device == "cpu":
         print("bench: --host: expected a CUDA GPU, got none (no host time is measured)", file=sys.stderr)
     started = time.monotonic()
@@ -103,9 +116,12 @@ def main(args: argparse.Namespace) -> int:
                     if time.monotonic() - started > args.budget_s:
                         skipped += 1
                         continue
-                    if experts is None:
-                        experts = _layer.make_experts(case, format, args.act_format, device)
-                    for point in points_at(args, case, experts, num_tokens):
+                    try:
+                        experts = experts or _layer.make_experts(case, format, args.act_format, device)
+                        points = points_at(args, case, experts, num_tokens)
+                    except RuntimeError as error:  # such weights do not go with such activations, or with this memory
+                        points = [failed(args, case, format, num_tokens, error)]
+                    for point in points:
                         print(point, flush=True)
                         results.write(point)
                         bad += not point.ok
@@ -115,6 +131,12 @@ def main(args: argparse.Namespace) -> int:
     if skipped:
         print(f"bench: {skipped} points skipped: the budget of {args.budget_s:g} s is spent", file=sys.stderr)
     return 1 if bad else 0
+
+
+def failed(args: argparse.Namespace, case: _layer.Case, format: str, num_tokens: int, error: Exception) -> Point:
+    formats = dict(format=format, act_format=args.act_format or format)
+    what = dict(what="fused_moe", case=case.name, **formats, tokens=num_tokens, routing=args.routing)
+    return Point(**what, backend=args.backend, error=one_line(error))
 
 
 def points_at(args: argparse.Namespace, case: _layer.Case, experts: Experts, num_tokens: int) -> list[Point]:

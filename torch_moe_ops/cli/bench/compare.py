@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from .._run import Refused
+
 
 class Key(NamedTuple):
     """What two points must share to be compared."""
@@ -24,7 +26,10 @@ class Key(NamedTuple):
     def of(cls, point: dict) -> Key:
         """Files written before there was a choice hold neither routing nor, some of them, what."""
         routing, what = point.get("routing", "uniform"), point.get("what", "fused_moe")
-        return cls(point["case"], point["format"], point["tokens"], routing, what)
+        try:
+            return cls(point["case"], point["format"], point["tokens"], routing, what)
+        except KeyError as error:
+            raise Refused(f"expected points with case, format and tokens, got one without {error}: {point}") from None
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,12 @@ def main(args: argparse.Namespace) -> int:
         for point in points
     ]
     rows = compare(ours, baseline)
+    if not rows:
+        raise Refused(f"expected points that {args.ours} and a baseline share, got none")
+    if args.json:
+        args.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    if args.plot:
+        plot(rows, args.plot)
     print(HEADER, *rows, sep="\n")
     for what, routing in dict.fromkeys((row.what, row.routing) for row in rows):
         kind = [row for row in rows if (row.what, row.routing) == (what, routing)]
@@ -84,11 +95,7 @@ def main(args: argparse.Namespace) -> int:
             print(f"{start} {len(over_floor)} times over the floor: {geomean(over_floor):.3f}")
     for key in missing(ours, baseline):
         print(f"not in {args.ours}: {' '.join(map(str, key))}")
-    if args.json:
-        args.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-    if args.plot:
-        plot(rows, args.plot)
-    return 0 if rows else 1
+    return 0
 
 
 def compare(ours: Iterable[dict], baseline: Iterable[dict]) -> list[Comparison]:
@@ -149,5 +156,7 @@ def plot(rows: list[Comparison], path: Path) -> None:
             if panel:
                 axis.legend(fontsize=8)
     figure.tight_layout()
+    if path.suffix[1:] not in figure.canvas.get_supported_filetypes():
+        raise Refused(f"--plot: expected the name of a picture, such as x.png, got {path}")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -105,7 +105,7 @@ def measure_fused_moe(
         us, us_min, outputs = time_calls(fused_moe_call(experts, backend), inputs)
         err = max(error_of(experts, inputs[i], outputs[i]) for i in {0, len(inputs) - 1})
     except Exception as error:  # compilers raise what they like; the point says it and counts as failed
-        return Point(**facts, backend=backend, error=_one_line(error))
+        return Point(**facts, backend=backend, error=one_line(error))
     hit, slots = routing_counts(inputs)
     weight_bytes = hit * expert_bytes(experts)
     flops = 6 * slots * case.hidden_size * case.intermediate_size
@@ -240,5 +240,5 @@ def _time_on_cpu(call: Callable[..., object], inputs: Sequence[Sequence[object]]
     return statistics.median(us), min(us), outputs
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]

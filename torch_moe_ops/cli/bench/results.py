@@ -15,6 +15,7 @@ from types import TracebackType
 import torch
 
 from ...build_info import build_info
+from .._run import Refused
 from ..info import installed
 from .measure import Point
 
@@ -72,5 +73,14 @@ class ResultFile:
 
 def read_results(path: Path) -> tuple[dict[str, object], list[dict[str, object]]]:
     """-> (header, points)"""
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path}: expected JSON Lines, got {error.reason}") from None
+    except json.JSONDecodeError as error:
+        raise Refused(f"{path}: expected JSON Lines, got {error}") from None
+    if not records or not all(isinstance(record, dict) for record in records):
+        raise Refused(
+            f"{path}: expected a result file, a JSON object a line, got {type((records or [None])[0]).__name__}"
+        )
     return records[0], records[1:]
