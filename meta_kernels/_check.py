@@ -84,6 +84,14 @@ def expect_sizes(
     return tensor.shape
 
 
+def expect_offsets(op: str, expert_offsets: Tensor, device: torch.device) -> int:
+    """int32 [E + 1]. Returns E, at least 1."""
+    size = expect_sizes(op, "expert_offsets", expert_offsets, INT32, ("E + 1",), device)[0]
+    if size < 2:
+        refuse(op, "expert_offsets", "int32 [E + 1] of at least one expert", list(expert_offsets.shape))
+    return size - 1
+
+
 def expect_no_grad(op: str, names: Sequence[str], args: Sequence[object], options: Mapping[str, object]) -> None:
     """Ops are inference-only: a gradient that would silently be lost is refused. `names` are those of `args`."""
     for name, value in (*zip(names, args, strict=False), *options.items()):

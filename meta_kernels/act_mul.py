@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..activations import LAYOUTS, get_activation
 from ..formats import get_format
-from ._check import FLOATS, INT32, expect_choice, expect_sizes, refuse
+from ._check import FLOATS, expect_choice, expect_offsets, expect_sizes, refuse
 from ._sizes import empty_act_scale, empty_values
 from .quantize import check_global_scale, check_pack, check_unquantised
 
@@ -25,7 +25,7 @@ def check(
 ) -> None:
     op = "act_mul"
     columns = expect_sizes(op, "gate_up", gate_up, FLOATS, ("P", "columns"))[1]
-    num_experts = expect_sizes(op, "expert_offsets", expert_offsets, INT32, ("E + 1",), gate_up.device)[0] - 1
+    num_experts = expect_offsets(op, expert_offsets, gate_up.device)
     check_activation(op, activation, alpha, beta, limit)
     expect_choice(op, "layout", layout, LAYOUTS)
     fmt = get_format(op, format)

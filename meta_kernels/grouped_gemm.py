@@ -20,7 +20,7 @@ from ._check import (
     storage_dtypes,
 )
 from .pack_scale import check_packed
-from .quantize import check_global_scale
+from .quantize import check_global_scale, check_pack
 
 # Other than the format of the weights itself.
 EIGHT_BIT_ACTS = {"mxfp4": ["mxfp8", "fp8_block", "fp8_block_e8m0"], "nvfp4": ["fp8_block", "fp8_block_e8m0"]}
@@ -46,6 +46,7 @@ def check(
     b_format, a_format = check_formats(op, format, act_format)
     num_rows, a_columns = expect_sizes(op, "a", a, storage_dtypes(a_format.dtype), ("P", "K"))
     k = a_columns * a_format.pack
+    check_pack(op, "a", b_format, a, k)
     num_experts, n, _ = expect_weight(op, "b", b_format, a_format, b, ("E", "N", "K"), device)
     expect_range(op, "b_parts", b_parts, 1)
     sizes = (num_experts, n, k)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..scale_layouts import ATOM_ROWS, MN_MAJOR_WORDS, SCALE_LAYOUTS, empty_packed, packed_shape
-from ._check import INT32, describe, expect_choice, expect_sizes, expect_tensor, refuse
+from ._check import describe, expect_choice, expect_offsets, expect_tensor, refuse
+from ._sizes import round_up
 
 ONE_BYTE = (torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.uint8)
 # pack_scale gives int32, which more of torch's operators know; other systems hand over uint32.
@@ -39,7 +40,7 @@ def check_layout(
         return
     if layout != "atom" or is_batch:
         refuse(op, "expert_offsets", "none but for one matrix in the layout atom", list(expert_offsets.shape))
-    expect_sizes(op, "expert_offsets", expert_offsets, INT32, ("E + 1",), device)
+    expect_offsets(op, expert_offsets, device)
 
 
 def check_packed(
@@ -69,6 +70,7 @@ def check_packed(
     strides = (shape[1], 1) if packed.is_contiguous() else packed.stride()[-2:]
     if rows > 1 and strides[0] != 1:
         refuse(op, name, f"MN-major words, strides [1, ..] for {layout}", list(strides))
-    if shape[1] > 1 and (strides[1] % MN_MAJOR_WORDS or strides[1] < rows):
+    aligned = strides[1] == round_up(rows, MN_MAJOR_WORDS)  # first: with symbolic sizes it is known, the others are not
+    if shape[1] > 1 and not aligned and (strides[1] % MN_MAJOR_WORDS or strides[1] < rows):
         expected = f"strides [1, a multiple of {MN_MAJOR_WORDS} from {rows} on] (16 bytes, for TMA)"
         refuse(op, name, expected, list(strides))

@@ -340,3 +340,36 @@ def test_default_asks_the_kernel_of_the_first_candidate_first(monkeypatch: pytes
     with pytest.raises(RuntimeError, match="hidden_states: expected no grad"):
         call.but(call.args[0].clone().requires_grad_())(torch.ops.moe.fused_moe.default)
     assert len(asked) == 2
+
+
+def test_explain_refuses_what_no_backend_is_asked_about() -> None:
+    questions = [
+        {"act_format": "nonsense"},
+        {"op": "grouped_gemm", "format": "mxfp8", "act_format": "mxfp4"},
+        {"packed": True},
+        {"format": "nvfp4", "hidden_size": 33, "intermediate_size": 31},
+        {"activation": "foo"},
+        {"op": "grouped_gemm", "n": 64, "k": 64, "b_parts": 0},
+    ]
+    lines = []
+    for question in questions:
+        with pytest.raises(RuntimeError) as caught:
+            moe.explain(device="cpu", **question)
+        lines.append(str(caught.value))
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+fused_moe: act_format: expected bf16 for bf16 weights, got nonsense
+grouped_gemm: act_format: expected mxfp8 or bf16 or fp16 for mxfp8 weights, got mxfp4
+fused_moe: packed: expected False for bf16, got True
+fused_moe: hidden_size: expected a multiple of 2 for nvfp4, got 33
+fused_moe: activation: expected one of silu, gelu, gelu_tanh, relu, swiglustep, relu2_no_mul, gelu_no_mul, silu_no_mul, got foo
+grouped_gemm: b_parts: expected at least 1, got 0""",
+    )
+
+
+def test_other_devices_have_the_reference_by_name() -> None:
+    for device in ("xpu", "mps", "meta"):
+        explanation = moe.explain(device=device)
+        assert explanation.problem.built == {"reference"}
+        assert "called by name" in explanation.verdicts[-1].reason

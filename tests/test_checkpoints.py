@@ -342,7 +342,7 @@ scales of another type
   load_experts: EXPERTS.2.up_proj.weight_scale: expected float8_e4m3fn [128, 16] on cpu, got float32 [128, 16]
     on cpu
 a zero global scale
-  load_experts: EXPERTS.2.up_proj.weight_scale_2: expected one positive finite number, got 0.0
+  load_experts: EXPERTS.2.up_proj.weight_scale_2: expected a positive finite number, got 0.0
 a tensor nobody reads
   load_experts: EXPERTS.2.up_proj.weight_zero_point: expected no such tensor in a ModelOpt NVFP4 checkpoint,
     got float32 [128]
@@ -376,3 +376,77 @@ def test_no_files(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {f"{PREFIX}.0.w1.weight": "x"}}))
     with pytest.raises(RuntimeError, match="^Checkpoint: path: expected the file x, which the index names, got none"):
         load_experts(tmp_path, PREFIX)
+
+
+def test_weights_alone_that_are_quantised_meet_bf16_activations(tmp_path: Path) -> None:
+    for writer, input_scale in ((compressed_nvfp4, "input_global_scale"), (modelopt_nvfp4, "input_scale")):
+        tensors = {name: tensor for name, tensor in written(writer).items() if not name.endswith(input_scale)}
+        save_file(tensors, tmp_path / "model.safetensors")
+        assert load_experts(tmp_path, PREFIX)["act_format"] == "bf16"
+        assert load_experts(tmp_path, PREFIX, act_format="nvfp4")["act_format"] == "nvfp4"
+
+
+def refusal(path: Path, **options: object) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        load_experts(path, PREFIX, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(path), "DIR").replace(PREFIX, "EXPERTS")
+
+
+def test_gpt_oss_tensors_have_as_many_experts(tmp_path: Path) -> None:
+    for name, tensor in gpt_oss_tensors().items():
+        save_file(gpt_oss_tensors() | {name: tensor[:-1].contiguous()}, tmp_path / "model.safetensors")
+        assert "expected [" in refusal(tmp_path)
+    lines = []
+    for name, change in (
+        (f"{PREFIX}.down_proj_scales", lambda t: t.unsqueeze(-1)),
+        (f"{PREFIX}.gate_up_proj_blocks", lambda t: t.flatten(2)),
+        (f"{PREFIX}.gate_up_proj_bias", lambda t: t[0].contiguous()),
+    ):
+        save_file(gpt_oss_tensors() | {name: change(gpt_oss_tensors()[name])}, tmp_path / "model.safetensors")
+        lines.append(refusal(tmp_path))
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+load_experts: EXPERTS.down_proj_scales: expected [4, rows, K / 32], got [4, 256, 4, 1]
+load_experts: EXPERTS.gate_up_proj_blocks: expected [4, rows, K / 32, 16], got [4, 256, 128]
+load_experts: EXPERTS.gate_up_proj_bias: expected [4, rows], got [256]""",
+    )
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    good, path = written(modelopt_nvfp4), tmp_path / "model.safetensors"
+    index = tmp_path / "model.safetensors.index.json"
+    lines = []
+    save_file(good, path)
+    save_file(dict(list(good.items())[:1]), tmp_path / "model2.safetensors")
+    lines.append(refusal(tmp_path))
+    (tmp_path / "model2.safetensors").unlink()
+    for text in ("", "[]", "{}"):
+        index.write_text(text)
+        lines.append(refusal(tmp_path))
+    index.write_text(json.dumps({"weight_map": {name: path.name for name in (*good, f"{PREFIX}.0.gate_proj.bias")}}))
+    lines.append(refusal(tmp_path))
+    index.unlink()
+    path.write_bytes(path.read_bytes()[:-8])
+    lines.append(refusal(tmp_path))
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    lines.append(refusal(tmp_path))
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+Checkpoint: EXPERTS.0.gate_proj.weight: expected a tensor in one file, got model.safetensors and model2.safetensors
+Checkpoint: DIR/model.safetensors.index.json: expected JSON with a weight_map, got JSONDecodeError: Expecting value: line 1 column 1 (char 0)
+Checkpoint: DIR/model.safetensors.index.json: expected JSON with a weight_map, got TypeError: list indices must be integers or slices, not str
+Checkpoint: DIR/model.safetensors.index.json: expected JSON with a weight_map, got KeyError: 'weight_map'
+Checkpoint: model.safetensors: EXPERTS.0.gate_proj.bias: expected a tensor, which the index names, got File does not contain tensor EXPERTS.0.gate_proj.bias
+Checkpoint: DIR/model.safetensors: expected a complete safetensors file, got Error while deserializing header: incomplete metadata, file not fully covered
+Checkpoint: DIR/model.safetensors: expected a complete safetensors file, got Error while deserializing header: header too large""",
+    )
+
+
+def test_experts_are_whole_numbers(tmp_path: Path) -> None:
+    save_file(written(modelopt_nvfp4), tmp_path / "model.safetensors")
+    chosen = load_experts(tmp_path, PREFIX, experts=torch.tensor([2, 1]))
+    assert chosen["expert_map"].tolist() == [-1, 1, 0, -1]
+    assert refusal(tmp_path, experts=[0.0]) == "load_experts: experts: expected a sequence of whole numbers, got [0.0]"

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import torch_moe_ops as moe
 import torch_moe_ops.conversions as conversions
 from torch_moe_ops.conversions import convert_weight, fold_global_scale
 from torch_moe_ops.experts import from_gate_up, to_gate_up
@@ -208,3 +209,26 @@ fold_global_scale: into: expected float32 [2, 2] on cpu, got float32 [1, 2] on c
 from_gate_up: tensor: expected [E, R, ...] with R a multiple of 4, got [1, 6, 2]
 from_gate_up: layout: expected one of gate_up, up_gate, interleaved, got rows""",
     )
+
+
+def test_packed_scales_are_refused() -> None:
+    values, scale, global_scale = quantize_weight(torch.randn(2, 128, 64), "nvfp4")
+    atoms = moe.pack_scale(scale, "atom")
+    message = r"weight_scale: expected \[E, N, K / block_k\], which unpack_scale gives, got \[2, 1, 1, 32, 4, 4\]$"
+    with pytest.raises(RuntimeError, match=f"^convert_weight: {message}"):
+        convert_weight(values, atoms, "nvfp4", "mxfp4", weight_global_scale=global_scale)
+    with pytest.raises(RuntimeError, match=f"^fold_global_scale: {message}"):
+        fold_global_scale(values, atoms, global_scale)
+    with pytest.raises(RuntimeError, match="^fold_global_scale: weight_global_scale: expected float32 .*, got None$"):
+        fold_global_scale(values, scale, None)
+
+
+def test_a_given_global_scale_is_one_for_each_part() -> None:
+    weight = torch.randn(2, 64, 32)
+    values, scale, global_scale = quantize_weight(weight, "nvfp4", parts=2, global_scale=torch.tensor(0.5))
+    assert torch.equal(global_scale, torch.full((2, 2), 0.5))
+    assert relative_error(NVFP4.dequantize(values, scale, NVFP4.weight_block, global_scale, 2), weight) < 0.2
+    with pytest.raises(RuntimeError, match="^quantize_weight: global_scale: expected none for bf16, got "):
+        quantize_weight(weight, "bf16", global_scale=torch.tensor(0.5))
+    with pytest.raises(RuntimeError, match="^quantize_weight: parts: expected a divisor of 64 rows, got 0$"):
+        quantize_weight(weight, "mxfp4", parts=0)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from torch_moe_ops import Experts
 from torch_moe_ops.cli import _layer
-from torch_moe_ops.experts import TENSORS, local_expert_map, to_gate_up
+from torch_moe_ops.experts import TENSORS, from_gate_up, local_expert_map, to_gate_up
 from torch_moe_ops.formats import FORMATS, decode_scale, quantize_weight
 
 CASE = _layer.Case("test", 4, 6, 128, 96, 2)
@@ -140,6 +140,15 @@ def test_local_expert_map_changes_no_id():
     assert torch.equal(local_expert_map(3, 3), torch.arange(3, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "fp8_block", "int8", "bf16"])
+def test_no_tokens(format):
+    w13, w2 = random_weights()
+    scales = {"a13_global_scale": torch.ones(4), "a2_global_scale": torch.ones(4)} if format == "nvfp4" else {}
+    experts = Experts.from_weights(w13, w2, format=format, **scales)
+    x = torch.zeros(0, 128, dtype=torch.bfloat16)
+    assert experts(x, torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.int32)).shape == (0, 128)
+
+
 def test_not_gated():
     w13, w2 = random_weights()
     experts = Experts.from_weights(w13[:, :96].contiguous(), w2, format="int8", activation="relu2_no_mul")
@@ -208,6 +217,24 @@ ERRORS = {
     "Experts: w13_layout: expected gate_up for silu_no_mul, which is not gated, got up_gate": lambda w13, w2: (
         Experts.from_weights(w13, w2, activation="silu_no_mul", w13_layout="up_gate")
     ),
+    "Experts: a13_global_scale: expected float32 [4] on cpu, got float32 [3] on cpu": lambda w13, w2: (
+        Experts.from_weights(w13, w2, format="nvfp4", a13_global_scale=torch.ones(3))
+    ),
+    "Experts: a2_global_scale: expected none for bf16, got [1]": lambda w13, w2: Experts(
+        w13, w2, a2_global_scale=torch.ones(1)
+    ),
+    "Experts: expert_map: expected int32 [Eg] on cpu, got int64 [4] on cpu": lambda w13, w2: Experts(
+        w13, w2, expert_map=torch.arange(4)
+    ),
+    "Experts: w13: expected packed or not as w2 is, got [1, 128, 64]": lambda *_: Experts(
+        (half := Experts.from_weights(torch.ones(1, 128, 128), torch.ones(1, 128, 64), format="mxfp4")).w13,
+        half.packed().w2,
+        w13_scale=half.w13_scale,
+        format="mxfp4",
+    ),
+    "Experts: w2: expected [E, H, I], got [4, 1, 128, 96]": lambda w13, w2: Experts(w13, w2[:, None]),
+    "to_gate_up: group: expected at least 1, got 0": lambda w13, w2: to_gate_up(w13, "interleaved", group=0),
+    "from_gate_up: group: expected at least 1, got -1": lambda w13, w2: from_gate_up(w13, "interleaved", group=-1),
     "local_expert_map: num_experts: expected 1 to num_router_experts (4), got 5": lambda *_: local_expert_map(5, 4),
     "to_gate_up: layout: expected one of gate_up, up_gate, interleaved, got up": lambda w13, w2: to_gate_up(w13, "up"),
     "to_gate_up: tensor: expected [E, R, ...] with R a multiple of 256, got [4, 192, 128]": lambda w13, w2: to_gate_up(

@@ -227,3 +227,12 @@ def test_values_are_those_of_the_checkpoint(format: str) -> None:
     got = moe.unpack_weight(moe.pack_weight(values.view(fmt.dtype), scale, format), format)[0]
     numbers = unpack_e2m1(got) if fmt.pack == 2 else got.float()
     assert numbers.nonzero().tolist() == [[0, 5, 6]]
+
+
+def test_other_dtypes_of_a_byte_are_refused(format: str) -> None:
+    """Once packed, nobody could tell."""
+    values, scale = random_weight(format, 1, 64, 64)
+    wrong_scale = torch.float8_e8m0fnu if format == "nvfp4" else torch.float8_e4m3fn
+    for other in ((values.view(torch.float8_e5m2), scale), (values, scale.view(wrong_scale)), (values, None)):
+        with pytest.raises(RuntimeError, match=r"^pack_weight: (values|scale): expected [^\n]*, got [^\n]*$"):
+            moe.pack_weight(*other, format)

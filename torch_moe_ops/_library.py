@@ -144,11 +144,11 @@ def _register_backend(op: str, backend: str) -> None:
 
 
 def _register_python_kernel(op: str, backend: str, kernel: Callable, key: str) -> None:
-    """`kernel` for one dispatch key. Tensors made in inference mode pass autograd by, so they are checked here."""
+    """`kernel` for one dispatch key. In inference mode, and tensors made there, pass autograd by: checked here."""
     check = _module("meta_kernels", op).check
 
     def checked_kernel(*args, **options):
-        if args[0].is_inference():
+        if torch.is_inference_mode_enabled() or args[0].is_inference():
             check(*args, **options)
         return kernel(*args, **options)
 

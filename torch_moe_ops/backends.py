@@ -19,6 +19,8 @@ import torch
 
 from .activations import get_activation
 from .formats import FORMATS, get_format
+from .meta_kernels._check import expect_range, refuse
+from .meta_kernels.grouped_gemm import check_formats
 from .packed_weights import BLOCK, BLOCK_BYTES, PACKABLE, ROUNDED_ACTS
 
 STAGE = ("cuda", "triton", "reference")
@@ -314,7 +316,9 @@ def expect_formats(op: str, backend: str, format: str, act_format: str, packed: 
 @cache
 def built_backends(op: str, device_type: str) -> frozenset[str]:
     """The backends of an op that have a kernel for this device type. Kernels are registered at import, never later."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type, "CompositeExplicitAutograd")
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key is None:
+        return frozenset({"reference"})  # plain torch, for every key
     has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
     return frozenset(name for name in CANDIDATES[op] if has_kernel(f"moe::{op}.{name}", key))
 
@@ -360,9 +364,18 @@ def explain(
     if op not in CANDIDATES:
         raise RuntimeError(f"explain: op: expected one of {', '.join(OPS)}, got {op}")
     get_format(op, format)
+    parts = 2 if get_activation(op, activation).gated else 1
+    if op in GEMM_OPS:
+        formats = check_formats(op, format, act_format)
+        for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size), ("k", k)):
+            pack = max(fmt.pack for fmt in formats)
+            if size is not None and size % pack:
+                refuse(op, name, f"a multiple of {pack} for {format}", size)
+    if packed and format not in PACKABLE:
+        refuse(op, "packed", f"False for {format}", packed)
+    expect_range(op, "b_parts", b_parts, 1)
     gemms: tuple[Gemm, ...] = ()
     if op == "fused_moe" and hidden_size and intermediate_size:
-        parts = 2 if get_activation(op, activation).gated else 1
         gemms = (Gemm(parts * intermediate_size, hidden_size, parts), Gemm(hidden_size, intermediate_size))
     elif op == "grouped_gemm" and n and k:
         gemms = (Gemm(n, k, b_parts),)

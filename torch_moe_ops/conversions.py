@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .formats import CHUNK_ELEMENTS, FORMATS, Format, encode_e4m3, get_format, quantize_weight
-from .meta_kernels._check import FLOAT32, expect_choice, expect_tensor, refuse
+from .meta_kernels._check import FLOAT32, expect_choice, expect_range, expect_tensor, refuse
 from .meta_kernels.grouped_gemm import check_weight
+from .packed_weights import has_scale_atoms
 from .reference.grouped_gemm import same_bits
 
 
@@ -86,6 +87,8 @@ def fold_global_scale(
         RuntimeError: ``fold_global_scale: argument: expected ..., got ...``
     """
     op, fmt = "fold_global_scale", get_format("fold_global_scale", "nvfp4")
+    if weight_global_scale is None:
+        refuse(op, "weight_global_scale", "float32 [E] or [E, parts]", None)
     _check(op, fmt, weight, weight_scale, weight_global_scale, parts)
     new = torch.ones_like(weight_global_scale) if into is None else into
     shape = (len(weight), parts) if new.dim() > 1 else (len(weight),)
@@ -125,6 +128,9 @@ def _check(
 ) -> None:
     if weight.dim() != 3:
         refuse(op, "weight", "[E, N, K/pack]", list(weight.shape))
+    expect_range(op, "parts", parts, 1)
+    if scale is not None and has_scale_atoms(scale):
+        refuse(op, "weight_scale", "[E, N, K / block_k], which unpack_scale gives", list(scale.shape))
     sizes = _sizes(format, weight)
     check_weight(op, "weight", format, format, weight, scale, global_scale, None, sizes, parts, weight.device)
 
@@ -146,7 +152,7 @@ def _dequantize(
 
 def _of_rows(global_scale: Tensor, rows: int) -> Tensor:
     """[E] or [E, parts] -> [E, rows, 1]."""
-    per_part = global_scale.reshape(len(global_scale), -1, 1)
+    per_part = global_scale.unsqueeze(-1) if global_scale.dim() == 2 else global_scale.view(-1, 1, 1)
     return per_part.repeat_interleave(rows // per_part.shape[1], dim=1)
 
 

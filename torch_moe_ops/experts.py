@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from .activations import LAYOUTS, get_activation
 from .formats import quantize_weight
-from .meta_kernels._check import expect_choice, refuse
+from .meta_kernels._check import INT32, expect_choice, expect_range, expect_sizes, refuse
 from .meta_kernels.act_mul import check_activation
 from .meta_kernels.grouped_gemm import check_formats, check_weight
-from .packed_weights import is_packed, pack_weight, weight_sizes
+from .meta_kernels.quantize import check_global_scale
+from .packed_weights import PACKABLE, is_packed, pack_weight, weight_sizes
 
 TENSORS = (
     "w13",
@@ -54,6 +55,7 @@ def to_gate_up(tensor: Tensor, layout: str, *, group: int = 1) -> Tensor:
     expect_choice("to_gate_up", "layout", layout, LAYOUTS)
     if layout == "gate_up":
         return tensor
+    expect_range("to_gate_up", "group", group, 1)
     period = 2 if layout == "up_gate" else 2 * group
     if tensor.dim() < 2 or tensor.shape[1] % period:
         refuse("to_gate_up", "tensor", f"[E, R, ...] with R a multiple of {period}", list(tensor.shape))
@@ -71,6 +73,7 @@ def from_gate_up(tensor: Tensor, layout: str, *, group: int = 1) -> Tensor:
     expect_choice("from_gate_up", "layout", layout, LAYOUTS)
     if layout != "interleaved":
         return to_gate_up(tensor, layout)  # a swap is its own inverse
+    expect_range("from_gate_up", "group", group, 1)
     if tensor.dim() < 2 or tensor.shape[1] % (2 * group):
         refuse("from_gate_up", "tensor", f"[E, R, ...] with R a multiple of {2 * group}", list(tensor.shape))
     return tensor.unflatten(1, (2, -1, group)).transpose(1, 2).flatten(1, 3)  # [E, R / group, gate or up, group, ...]
@@ -211,8 +214,10 @@ class Experts(nn.Module):
         """Refuses at load time what moe::fused_moe would refuse at the first call."""
         weights, acts = check_formats("Experts", self.format, self.act_format)
         check_activation("Experts", self.activation, self.alpha, self.beta, self.limit)
-        if self.w2.dim() not in (3, 4):
+        if self.w2.dim() != 3 and not (is_packed(self.w2) and self.format in PACKABLE):
             refuse("Experts", "w2", "[E, H, I]", list(self.w2.shape))
+        if is_packed(self.w13) != is_packed(self.w2):
+            refuse("Experts", "w13", "packed or not as w2 is", list(self.w13.shape))
         parts = 2 if get_activation("Experts", self.activation).gated else 1
         for name, n, k, name_parts in (
             ("w13", parts * self.intermediate_size, self.hidden_size, parts),
@@ -221,3 +226,9 @@ class Experts(nn.Module):
             weight, *others = (getattr(self, name + suffix) for suffix in ("", "_scale", "_global_scale", "_bias"))
             sizes = (self.num_experts, n, k)
             check_weight("Experts", name, weights, acts, weight, *others, sizes, name_parts, weight.device)
+            global_scale = f"a{name.removeprefix('w')}_global_scale"
+            check_global_scale(
+                "Experts", global_scale, acts, getattr(self, global_scale), self.num_experts, self.w2.device
+            )
+        if self.expert_map is not None:
+            expect_sizes("Experts", "expert_map", self.expert_map, INT32, ("Eg",), self.w2.device)

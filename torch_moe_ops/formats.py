@@ -163,11 +163,21 @@ def quantize_weight(
     fmt = get_format("quantize_weight", format) if isinstance(format, str) else format
     if weight.dim() != 3:
         raise RuntimeError(f"quantize_weight: weight: expected [E, N, K], got {list(weight.shape)}")
+    num_experts, n, k = weight.shape
+    if parts < 1 or n % parts:
+        raise RuntimeError(f"quantize_weight: parts: expected a divisor of {n} rows, got {parts}")
+    if k % fmt.pack:
+        raise RuntimeError(f"quantize_weight: weight: expected an even K for {fmt.name}, got {list(weight.shape)}")
+    if global_scale is not None and not fmt.has_global_scale:
+        raise RuntimeError(
+            f"quantize_weight: global_scale: expected none for {fmt.name}, got {list(global_scale.shape)}"
+        )
     if not fmt.has_scale:
         return weight.to(fmt.dtype), None, None
-    num_experts, n, k = weight.shape
     values = weight.new_empty((num_experts, n, k // fmt.pack), dtype=fmt.dtype)
     scale = weight.new_empty((num_experts, *fmt.weight_scale_shape(n, k, parts)), dtype=fmt.scale_dtype)
+    if global_scale is not None and global_scale.numel() == 1:
+        global_scale = global_scale.reshape(1, 1).expand(num_experts, parts).contiguous()
     given = global_scale
     if fmt.has_global_scale and given is None:
         global_scale = weight.new_empty((num_experts, parts), dtype=torch.float32)
@@ -175,7 +185,7 @@ def quantize_weight(
     for chunk in (slice(first, first + step) for first in range(0, num_experts, step)):
         if fmt.has_global_scale and given is None:
             global_scale[chunk] = compute_global_scale(weight[chunk], parts=parts)
-        chunk_global = global_scale if global_scale is None or global_scale.numel() == 1 else global_scale[chunk]
+        chunk_global = None if global_scale is None else global_scale[chunk]
         values[chunk], scale[chunk] = fmt.quantize(weight[chunk], fmt.weight_block, chunk_global, parts)
     return values, scale, global_scale
 
@@ -186,7 +196,7 @@ def compute_global_scale(x: Tensor, *, parts: int = 1) -> Tensor:
     The largest block scale is then 448, the end of e4m3's range. For weights, and for a calibration batch of
     activations: computed anew in each call, it would make a token's result depend on the other tokens.
     """
-    if x.dim() < 2 or x.shape[-2] % parts:
+    if x.dim() < 2 or parts < 1 or x.shape[-2] % parts:
         raise RuntimeError(f"compute_global_scale: x: expected [..., a multiple of {parts}, k], got {list(x.shape)}")
     if x.numel() == 0:
         return x.new_ones((*x.shape[:-2], parts), dtype=torch.float32)
@@ -279,7 +289,7 @@ def _to_blocks(x: Tensor, block: Block, parts: int) -> Tensor:
     if rows % parts:
         raise RuntimeError(f"quantize: parts: expected a divisor of {rows} rows, got {parts}")
     part_rows = rows // parts
-    block_rows, block_k = block[0] or part_rows, block[1] or k
+    block_rows, block_k = block[0] or part_rows, block[1] or max(k, 1)
     row_blocks, k_blocks = ceil_div(part_rows, block_rows), ceil_div(k, block_k)
     x = x.unflatten(-2, (parts, part_rows))
     ragged_k, ragged_rows = k_blocks * block_k - k, row_blocks * block_rows - part_rows

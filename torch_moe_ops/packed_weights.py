@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from .formats import CHUNK_ELEMENTS, FORMATS
-from .meta_kernels._check import describe, refuse
+from .meta_kernels._check import describe, refuse, storage_dtypes
 from .scale_layouts import unpack
 
 BLOCK = 64  # rows, and k
@@ -95,7 +95,7 @@ def pack_weight(values: Tensor, scale: Tensor, format: str, *, act_format: str =
     if act_format not in BLOCK_BYTES[format]:
         refuse("pack_weight", "act_format", f"{' or '.join(BLOCK_BYTES[format])} for {format} weights", act_format)
     fmt = FORMATS[format]
-    if values.dim() != 3 or values.element_size() != 1:
+    if values.dim() != 3 or values.dtype not in (*storage_dtypes(fmt.dtype), torch.uint8):
         columns = "K/2" if fmt.pack == 2 else "K"
         expected = f"{fmt.dtype} [E, N, {columns}]".removeprefix("torch.")
         refuse("pack_weight", "values", expected, describe(values.dtype, values.shape, values.device))
@@ -103,8 +103,11 @@ def pack_weight(values: Tensor, scale: Tensor, format: str, *, act_format: str =
     if n % BLOCK or k % BLOCK:
         refuse("pack_weight", "values", f"N and K to be multiples of {BLOCK}", f"N {n}, K {k}")
     shape = (num_experts, n, k // block_k)
-    if scale.shape != shape or scale.element_size() != 1 or scale.device != values.device:
-        expected = describe(fmt.scale_dtype, shape, values.device)
+    expected = describe(fmt.scale_dtype, shape, values.device)
+    if scale is None:
+        refuse("pack_weight", "scale", expected, None)
+    dtypes = (*storage_dtypes(fmt.scale_dtype), torch.uint8)
+    if scale.shape != shape or scale.dtype not in dtypes or scale.device != values.device:
         refuse("pack_weight", "scale", expected, describe(scale.dtype, scale.shape, scale.device))
     values, scale = values.view(torch.uint8), scale.view(torch.uint8)
     packed = values.new_empty((num_experts, n // BLOCK, k // BLOCK, BLOCK_BYTES[format][act_format]))
@@ -124,9 +127,9 @@ def unpack_weight(packed: Tensor, format: str) -> tuple[Tensor, Tensor]:
     """The inverse of `pack_weight`, for any activations: (values [E, N, K/pack], scale [E, N, K / block_k]) in the
     format's dtypes.
 
-    What a zero or negative nvfp4 scale multiplied, and mxfp4 and mxfp8 scales from 2^65 on, come back as numbers of the
-    same value (infinity for the latter). Packed for fp8_block activations, scales from 2^65 on come back as they were,
-    and those of blocks of zeros as the largest of their row.
+    What a zero or negative nvfp4 scale multiplied comes back as numbers of the same value; mxfp4 and mxfp8 scales from
+    2^65 on, which the kernels take for infinity, as NaN. Packed for fp8_block activations, scales from 2^65 on come
+    back as they were, and those of blocks of zeros as the largest of their row.
     """
     _block_k("unpack_weight", format)
     expect_packed("unpack_weight", "packed", packed, format)

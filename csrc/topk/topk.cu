@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(kWarps* kLanes) topk_kernel(TopkArgs args, boo
   const Scoring score(args.sigmoid, choices);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    choices[i] = isnan(choices[i]) ? negative_infinity() : __fadd_rn(score(choices[i]), bias[i]);
+    const float choice = __fadd_rn(score(choices[i]), bias[i]);
+    choices[i] = isnan(choices[i]) || isnan(choice) ? negative_infinity() : choice;
   }
   unsigned stay = kAllLanes;
   if (args.num_groups > 1) {

@@ -185,13 +185,13 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError("--device: expected cpu where there is no CUDA GPU, got cuda")
         for flag in refused_flags(args):
             raise ValueError(f"expected {supported(args.device)}, got {flag}")
-    except (ValueError, OSError) as error:
+        explanations = choose(experts, args.device)
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"not supported: {error}")
         return 1
     layers = moe_layers(config)
     print(f"{len(layers)} layers with experts: {', '.join(map(str, layers))}" if layers else "no layer has experts")
     print(experts)
-    explanations = choose(experts, args.device)
     print(*explanations, sep="\n")
     runs = bool(layers and explanations[-1].backend)
     print("supported" if runs else "not supported: no backend runs it on this machine" if layers else "not supported")

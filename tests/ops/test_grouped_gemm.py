@@ -285,3 +285,13 @@ def test_the_masked_layer_in_the_contract() -> None:
     expected = moe.fused_moe(names["x"][used], *weights, expert, format="fp8_block", **scales)
     assert len(expected) == 26 and expected.isfinite().all()
     assert torch.equal(names["out"][used], expected)
+
+
+@pytest.mark.parametrize("format, k", [("mxfp4", 35), ("nvfp4", 33)])
+def test_activations_of_half_a_byte_of_weights_are_refused(format: str, k: int) -> None:
+    b = torch.full((2, 8, k // 2), 0x22, dtype=torch.uint8)
+    a, offsets = torch.ones(4, k, dtype=torch.bfloat16), torch.tensor([0, 2, 4], dtype=torch.int32)
+    message = rf"^grouped_gemm: a: expected a multiple of 2 columns for {format}, got \[4, {k}\]$"
+    for device in ("cpu", "meta"):
+        with pytest.raises(RuntimeError, match=message):
+            moe.grouped_gemm(a.to(device), b.to(device), offsets.to(device), format=format, act_format="bf16")

@@ -103,3 +103,9 @@ def test_dtypes_and_no_tokens() -> None:
     weights, ids = moe.topk(torch.empty(0, 8), 2)
     assert (weights.shape, weights.dtype) == ((0, 2), torch.float32)
     assert (ids.shape, ids.dtype) == ((0, 2), torch.int32)
+
+
+def test_a_bias_that_is_nan_ranks_last() -> None:
+    bias = torch.tensor([0.0, 0.0, float("nan"), 0.0])
+    ids = moe.topk(torch.tensor([[3.0, 2.0, 9.0, 0.0]]), 2, scoring="sigmoid", correction_bias=bias)[1]
+    assert ids.tolist() == [[0, 1]]

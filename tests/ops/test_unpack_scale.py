@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import torch_moe_ops as moe
 from torch_moe_ops.scale_layouts import SCALE_LAYOUTS
@@ -59,3 +60,19 @@ def test_atoms_may_be_bytes() -> None:
     scale = torch.randint(0, 256, (130, 5)).to(torch.uint8)
     atoms = moe.pack_scale(scale, "atom")
     assert torch.equal(moe.unpack_scale(atoms, "atom", 130, 5, torch.float8_e4m3fn).view(torch.uint8), scale)
+
+
+@pytest.mark.parametrize("layout", ["words_mn", "words", "utccp"])
+def test_export_with_any_number_of_rows(layout: str) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, scale: Tensor) -> Tensor:
+            packed = moe.pack_scale(scale, layout)
+            return moe.unpack_scale(packed, layout, scale.shape[0], scale.shape[1], torch.uint8)
+
+    step = 128 if layout == "utccp" else 1
+    rows = step * torch.export.Dim("tiles", min=1, max=64) if step > 1 else torch.export.Dim("rows", min=2, max=4096)
+    exported = torch.export.export(
+        Module(), (torch.zeros(2 * 128, 5, dtype=torch.uint8),), dynamic_shapes={"scale": {0: rows}}
+    )
+    scale = torch.randint(0, 256, (3 * 128, 5), dtype=torch.uint8)
+    assert torch.equal(exported.module()(scale), scale)

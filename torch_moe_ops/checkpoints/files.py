@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,13 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Without reading the tensor."""
-        return tuple(self._slice(name).get_shape())
+        with self._named_errors(name):
+            return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """The tensor, or its element `index` along the first dimension."""
-        return self._open(self._file_of[name]).get_tensor(name) if index is None else self._slice(name)[index]
+        with self._named_errors(name):
+            return self._open(self._file_of[name]).get_tensor(name) if index is None else self._slice(name)[index]
 
     def _slice(self, name: str) -> Any:  # noqa: ANN401  (safetensors has no public type for it)
         return self._open(self._file_of[name]).get_slice(name)
@@ -45,18 +49,39 @@ class Checkpoint:
     def _find_tensors(self) -> dict[str, str]:
         index = self.path / INDEX
         if index.is_file():
-            return json.loads(index.read_text())["weight_map"]
+            try:
+                return dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                refuse("Checkpoint", str(index), "JSON with a weight_map", f"{type(error).__name__}: {error}")
         files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
         if not files:
             refuse("Checkpoint", "path", "a .safetensors file or a directory with some", self.path)
-        return {name: file.name for file in files for name in self._open(file.name).keys()}
+        file_of: dict[str, str] = {}
+        for file in files:
+            for name in self._open(file.name).keys():
+                if name in file_of:
+                    refuse("Checkpoint", name, "a tensor in one file", f"{file_of[name]} and {file.name}")
+                file_of[name] = file.name
+        return file_of
 
     def _open(self, file_name: str) -> Any:  # noqa: ANN401
         if file_name not in self._files:
-            from safetensors import safe_open  # here: the ops do without it
+            from safetensors import SafetensorError, safe_open  # here: the ops do without it
 
             folder = self.path.parent if self.path.is_file() else self.path
             if not (folder / file_name).is_file():
                 refuse("Checkpoint", "path", f"the file {file_name}, which the index names", "none")
-            self._files[file_name] = safe_open(folder / file_name, framework="pt")
+            try:
+                self._files[file_name] = safe_open(folder / file_name, framework="pt")
+            except SafetensorError as error:  # cut short, or a pointer of Git LFS
+                refuse("Checkpoint", str(folder / file_name), "a complete safetensors file", error)
         return self._files[file_name]
+
+    @contextmanager
+    def _named_errors(self, name: str) -> Iterator[None]:
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except SafetensorError as error:
+            refuse("Checkpoint", f"{self._file_of[name]}: {name}", "a tensor, which the index names", error)

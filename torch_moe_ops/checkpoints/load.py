@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def load_experts(
         experts: the experts to load, in this order, for expert parallelism; all if absent. If they are not all, the
             result has an `expert_map` from the router's ids to theirs.
         format: what the checkpoint must hold; anything if empty. Another format is an error, never a conversion.
-        act_format: "bf16", say, for unquantised activations: the checkpoint's input scales are left out then.
+        act_format: "bf16", say, for unquantised activations: the checkpoint's input scales are left out then. If empty,
+            what the checkpoint was made for: "bf16" for NVFP4 without input scales.
         device: where the result lies. It is filled expert by expert, so nothing is there twice.
 
     Returns:
@@ -59,6 +61,8 @@ def load_experts(
         held = f"{scheme.format}, which the checkpoint holds ({scheme.name}); convert_weight changes it"
         refuse(OP, "format", held, format)
     act_format = act_format or scheme.act_format
+    if not act_format and scheme.input_scale and "input_scale" not in reader.kinds:
+        act_format = "bf16"  # quantised for weights alone
     expect_choice(OP, "act_format", act_format or scheme.format, FORMATS)
     act = FORMATS[act_format or scheme.format]
     stack = _Stack(reader, chosen, torch.device(device))
@@ -82,9 +86,13 @@ def load_experts(
 def _choose(experts: Sequence[int] | None, num_experts: int) -> Sequence[int]:
     if experts is None:
         return range(num_experts)
-    if not len(experts) or len(set(experts)) < len(experts) or not all(0 <= e < num_experts for e in experts):
-        refuse(OP, "experts", f"different numbers from 0 to {num_experts - 1}", list(experts))
-    return experts
+    try:
+        chosen = [operator.index(expert) for expert in experts]
+    except TypeError:
+        refuse(OP, "experts", "a sequence of whole numbers", experts)
+    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= e < num_experts for e in chosen):
+        refuse(OP, "experts", f"different numbers from 0 to {num_experts - 1}", chosen)
+    return chosen
 
 
 def _expert_map(chosen: Sequence[int], num_experts: int, device: torch.device) -> Tensor:
@@ -104,7 +112,10 @@ class _Stack:
     def __init__(self, reader: Reader, experts: Sequence[int], device: torch.device) -> None:
         self.reader, self.experts, self.device = reader, experts, device
         self.format: Format = FORMATS[reader.scheme.format]
-        intermediate, columns = reader.read(experts[0], "gate", "weight").shape
+        weight = reader.read(experts[0], "gate", "weight")
+        if weight.dim() != 2:
+            refuse(OP, reader.name(experts[0], "gate", "weight"), "[I, H/pack]", list(weight.shape))
+        intermediate, columns = weight.shape
         self.sizes = intermediate, columns * self.format.pack  # I, H
 
     def matrices(self, projections: Sequence[str], kind: str) -> Tensor | None:
@@ -131,10 +142,11 @@ class _Stack:
         result = torch.empty(len(self.experts), len(projections))
         for i, expert in enumerate(self.experts):
             for part, projection in enumerate(projections):
-                number = self.reader.read(expert, projection, kind)
-                if number.numel() != 1 or not 0 < number.item() < torch.inf:
-                    name = self.reader.name(expert, projection, kind)
-                    refuse(OP, name, "one positive finite number", number.tolist())
+                number, name = self.reader.read(expert, projection, kind), self.reader.name(expert, projection, kind)
+                if number.numel() != 1:
+                    refuse(OP, name, "one number", describe(*_facts(number), number.device))
+                if not 0 < number.item() < torch.inf:
+                    refuse(OP, name, "a positive finite number", self.reader.checkpoint.read(name).item())
                 result[i, part] = number
         return result.to(self.device)
 

@@ -146,7 +146,12 @@ class Separate:
             if any(name.startswith(f"0.{projections[0]}.") for name in names):
                 return dict(zip(GATE_UP_DOWN, projections, strict=True))
         expected = " or ".join(", ".join(projections) for projections in PROJECTIONS)
-        refuse(OP, f"{self.prefix}.0", expected, ", ".join(sorted({name.split(".")[1] for name in names})))
+        refuse(
+            OP,
+            f"{self.prefix}.0",
+            expected,
+            ", ".join(sorted({name.partition(".")[2].partition(".")[0] or name for name in names})),
+        )
 
     def _find_scheme(self) -> Scheme:
         """The one whose suffixes are those of expert 0's gate and whose dtypes and scale shape fit."""
@@ -183,8 +188,19 @@ class GptOss:
 
     def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
         self.checkpoint, self.prefix = checkpoint, prefix
-        self.num_experts = checkpoint.shape(f"{prefix}.gate_up_proj_blocks")[0]
+        shapes = {name: checkpoint.shape(name) for name in checkpoint.names(f"{prefix}.")}
+        first = f"{prefix}.gate_up_proj_blocks"
+        self.num_experts = (shapes[first] or (0,))[0]
         _refuse_unknown(self)
+        for name, shape in shapes.items():
+            suffix = name.rpartition("_")[2]
+            dims = {"blocks": "[E, rows, K / 32, 16]", "scales": "[E, rows, K / 32]", "bias": "[E, rows]"}[suffix]
+            if (
+                len(shape) != dims.count(",") + 1
+                or shape[0] != self.num_experts
+                or (suffix == "blocks" and shape[3] != 16)
+            ):
+                refuse(OP, name, dims.replace("E", str(self.num_experts), 1), list(shape))
 
     def name(self, expert: int, projection: str, kind: str) -> str:
         matrix = "down_proj" if projection == "down" else "gate_up_proj"

@@ -14,6 +14,7 @@ import torch
 from ..activations import ACTIVATIONS
 from ..backends import OPS, explain
 from ..formats import FORMATS
+from ._run import Refused
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,19 +40,22 @@ def positive(text: str) -> int:
 
 
 def main(args: argparse.Namespace) -> int:
-    explanation = explain(
-        args.op,
-        device="cuda" if args.sm is not None or torch.cuda.is_available() else "cpu",
-        sm=args.sm,
-        format=args.format,
-        act_format=args.act_format,
-        activation=args.activation,
-        hidden_size=args.hidden,
-        intermediate_size=args.intermediate,
-        num_experts=args.experts,
-        top_k=args.top_k,
-        packed=args.packed,
-    )
+    try:
+        explanation = explain(
+            args.op,
+            device="cuda" if args.sm is not None or torch.cuda.is_available() else "cpu",
+            sm=args.sm,
+            format=args.format,
+            act_format=args.act_format,
+            activation=args.activation,
+            hidden_size=args.hidden,
+            intermediate_size=args.intermediate,
+            num_experts=args.experts,
+            top_k=args.top_k,
+            packed=args.packed,
+        )
+    except RuntimeError as error:  # no backend could be asked
+        raise Refused(error) from None
     if args.json:
         problem = explanation.problem._asdict() | {"built": sorted(explanation.problem.built)}
         verdicts = [{"backend": verdict.backend, "reason": verdict.reason} for verdict in explanation.verdicts]

@@ -16,8 +16,10 @@ def quantize(input: Tensor, format: str, *, global_scale: Tensor | None = None) 
 
 def quantize_rows(format: Format, x: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x [rows, K] in the format; global_scale: one element or one per row. May return x itself if nothing changes."""
-    if global_scale is None or global_scale.numel() == 1 or not len(x):
-        return format.quantize(x, format.act_block, None if global_scale is None else global_scale.reshape(-1)[:1])
+    if not len(x):
+        global_scale = None  # of no row
+    if global_scale is None or global_scale.numel() == 1:
+        return format.quantize(x, format.act_block, None if global_scale is None else global_scale.reshape(1))
     values, scale = format.quantize(x.unsqueeze(1), format.act_block, global_scale)  # a row is a matrix of its own
     return values.squeeze(1), scale.squeeze(1)
 

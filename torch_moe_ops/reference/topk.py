@@ -25,7 +25,7 @@ def topk(
     scores = torch.sigmoid(logits) if scoring == "sigmoid" else torch.softmax(logits, dim=-1)
     scores = scores.nan_to_num(nan=0.0)  # the softmax of a row of -inf  [T, Eg]
     choice = scores if correction_bias is None else scores + correction_bias
-    choice = choice.masked_fill(router_logits.isnan(), -INFINITY)
+    choice = choice.masked_fill(router_logits.isnan() | choice.isnan(), -INFINITY)
     ranked = choice.argsort(dim=-1, descending=True, stable=True)  # stable: ties go to the lower id  [T, Eg]
     if num_groups > 1:
         outside = ~_eligible(choice, num_groups, topk_groups)
