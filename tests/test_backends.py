@@ -364,7 +364,7 @@ grouped_gemm: act_format: expected mxfp8 or bf16 or fp16 for mxfp8 weights, got 
 fused_moe: packed: expected False for bf16, got True
 fused_moe: hidden_size: expected a multiple of 2 for nvfp4, got 33
 fused_moe: activation: expected one of silu, gelu, gelu_tanh, relu, swiglustep, relu2_no_mul, gelu_no_mul, silu_no_mul, got foo
-grouped_gemm: b_parts: expected at least 1, got 0""",
+grouped_gemm: b_parts: expected at least 1, got 0""",  # noqa: E501
     )
 
 

@@ -441,7 +441,7 @@ Checkpoint: DIR/model.safetensors.index.json: expected JSON with a weight_map, g
 Checkpoint: DIR/model.safetensors.index.json: expected JSON with a weight_map, got KeyError: 'weight_map'
 Checkpoint: model.safetensors: EXPERTS.0.gate_proj.bias: expected a tensor, which the index names, got File does not contain tensor EXPERTS.0.gate_proj.bias
 Checkpoint: DIR/model.safetensors: expected a complete safetensors file, got Error while deserializing header: incomplete metadata, file not fully covered
-Checkpoint: DIR/model.safetensors: expected a complete safetensors file, got Error while deserializing header: header too large""",
+Checkpoint: DIR/model.safetensors: expected a complete safetensors file, got Error while deserializing header: header too large""",  # noqa: E501
     )
 
 
