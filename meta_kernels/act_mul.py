@@ -27,7 +27,7 @@ def check(
     columns = expect_sizes(op, "gate_up", gate_up, FLOATS, ("P", "columns"))[1]
     num_experts = expect_offsets(op, expert_offsets, gate_up.device)
     check_activation(op, activation, alpha, beta, limit)
-    expect_choice(op, "layout", layout, LAYOUTS)
+    check_layout(op, "layout", layout, activation)
     fmt = get_format(op, format)
     check_unquantised(op, "format", fmt, gate_up.dtype)
     if get_activation(op, activation).gated:
@@ -47,6 +47,13 @@ def fake(
     if get_activation("act_mul", activation).gated:
         columns = columns // 2
     return empty_values(fmt, rows, columns, gate_up.device), empty_act_scale(fmt, rows, columns, gate_up.device)
+
+
+def check_layout(op: str, name: str, layout: str, activation: str) -> None:
+    """Of gate and up, where there are both."""
+    expect_choice(op, name, layout, LAYOUTS)
+    if layout != "gate_up" and not get_activation(op, activation).gated:
+        refuse(op, name, f"gate_up for {activation}, which is not gated", layout)
 
 
 def check_activation(op: str, activation: str, alpha: float, beta: float, limit: float | None) -> None:

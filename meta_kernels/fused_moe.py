@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..activations import LAYOUTS, get_activation
+from ..activations import get_activation
 from ..formats import Format
 from ..packed_weights import is_packed
-from ._check import BF16_FP16, FLOAT32, INT32, expect_choice, expect_sizes, expect_tensor, refuse
-from .act_mul import check_activation
+from ._check import BF16_FP16, FLOAT32, INT32, expect_sizes, expect_tensor, refuse
+from .act_mul import check_activation, check_layout
 from .grouped_gemm import check_formats, check_weight, expect_weight
 from .quantize import check_global_scale, check_pack, check_unquantised
 
@@ -62,7 +62,7 @@ def check(
         expect_sizes(op, "expert_map", expert_map, INT32, ("Eg",), device)
     if apply_router_weight_on_input and top_k != 1:
         refuse(op, "apply_router_weight_on_input", "top_k 1", f"top_k {top_k}")
-    expect_choice(op, "w13_layout", w13_layout, LAYOUTS)
+    check_layout(op, "w13_layout", w13_layout, activation)
 
 
 def fake(

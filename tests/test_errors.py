@@ -212,6 +212,7 @@ def test_act_mul_and_finalize() -> None:
         ((), {"limit": -1.0}),
         ((), {"activation": "swiglustep", "limit": float("nan")}),
         ((), {"layout": "up"}),
+        ((), {"layout": "up_gate", "activation": "relu2_no_mul"}),
         ((), {"format": "fp16"}),
     )
     rows = ROUTING[1]
@@ -233,6 +234,7 @@ act_mul: limit: expected a number for swiglustep, got None
 act_mul: limit: expected a number >= 0, got -1.0
 act_mul: limit: expected a number >= 0, got nan
 act_mul: layout: expected one of gate_up, up_gate, interleaved, got up
+act_mul: layout: expected gate_up for relu2_no_mul, which is not gated, got up_gate
 act_mul: format: expected bf16 or a quantised format for bfloat16 values, got fp16
 finalize: expert_out: expected bfloat16 or float16 or float32 [P, H] on cpu, got float64 [6, 8] on cpu
 finalize: slot_to_row: expected int32 [T, K] on cpu, got int32 [6] on cpu

@@ -202,7 +202,7 @@ std::tuple<Tensor, Tensor> act_mul_cuda(const Tensor& gate_up, const Tensor& exp
   ActMulArgs args;
   args.format = parse_format(kOp, format_name);
   args.activation = parse_activation(kOp, activation, alpha, beta, limit);
-  args.layout = parse_layout(kOp, "layout", layout);
+  args.layout = parse_layout(kOp, "layout", layout, args.activation, activation);
   expect_tensor(kOp, "gate_up", gate_up, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, {"P", "columns"},
                 gate_up);
   expect_tensor(kOp, "expert_offsets", expert_offsets, {ScalarType::Int}, {"E + 1"}, gate_up);

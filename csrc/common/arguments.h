@@ -29,11 +29,15 @@ inline ActivationParams parse_activation(const char* op, const std::string& name
   return params;
 }
 
-inline GateUpLayout parse_layout(const char* op, const char* argument, const std::string& name) {
-  if (name == "gate_up") return GateUpLayout::gate_up;
-  if (name == "up_gate") return GateUpLayout::up_gate;
-  MOE_EXPECT(name == "interleaved", op, argument, "one of gate_up, up_gate, interleaved", name);
-  return GateUpLayout::interleaved;
+// `activation`: its name; what is not gated has no layout but the default.
+inline GateUpLayout parse_layout(const char* op, const char* argument, const std::string& name, const ActivationParams& params,
+                                 const std::string& activation) {
+  static constexpr const char* kNames[] = {"gate_up", "up_gate", "interleaved"};  // in the order of GateUpLayout
+  int layout = 0;
+  while (layout < 3 && name != kNames[layout]) ++layout;
+  MOE_EXPECT(layout < 3, op, argument, "one of gate_up, up_gate, interleaved", name);
+  MOE_EXPECT(layout == 0 || is_gated(params.kind), op, argument, "gate_up for " << activation << ", which is not gated", name);
+  return static_cast<GateUpLayout>(layout);
 }
 
 }  // namespace moe

@@ -257,7 +257,7 @@ Tensor run_layer(const std::string& tactic, const Tensor& hidden_states, const T
   layer.format = parse_act_format(w13, weight_format, format, act_format);
   MOE_EXPECT(packing_of(w2, weight_format) == packing_of(w13, weight_format), kOp, "w2", "packed like w13", describe(w2));
   layer.activation = parse_activation(kOp, activation, alpha, beta, limit);
-  layer.layout = parse_layout(kOp, "w13_layout", w13_layout);
+  layer.layout = parse_layout(kOp, "w13_layout", w13_layout, layer.activation, activation);
   expect_tensor(kOp, "hidden_states", hidden_states, {ScalarType::BFloat16, ScalarType::Half}, {"T", "H"}, hidden_states);
   MOE_EXPECT(has_scale(layer.format) || is_rounded(layer.format) || value_dtype(layer.format) == hidden_states.scalar_type(), kOp, "format",
              "the format of hidden_states or a quantised one", format);
