@@ -262,7 +262,7 @@ def _needs_aligned_rows(p: Problem, within_parts: bool = False) -> str | None:
         k_multiple = 128  # 4-bit values that are multiplied by 8-bit ones are spread to bytes, 128 at a time
     for (n, k, parts), (k_name, n_name) in zip(p.gemms, K_AND_N[p.op], strict=False):
         height, height_name = (n // parts, n_name) if within_parts else (n, "N")
-        if k % k_multiple:
+        if k % k_multiple or k < 1:
             return f"needs {k_name} to be a multiple of {k_multiple}, got {k}"
         if height % 8:
             return f"needs {height_name} to be a multiple of 8, got {height}"

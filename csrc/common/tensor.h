@@ -100,7 +100,10 @@ inline GlobalScale parse_global_scale(const char* op, Format format, const std::
   const bool per_expert = count != 1 && expert_offsets && expert_offsets->numel() == count + 1;
   MOE_EXPECT(count == 1 || per_expert, op, "global_scale",
              "float32, one element or one for each expert of expert_offsets", describe(*global_scale));
-  if (global_scale->dim() == 0) return {pointer<const float>(*global_scale), 1, nullptr};
+  if (global_scale->dim() == 0) {
+    expect_tensor(op, "global_scale", *global_scale, {ScalarType::Float}, {}, like);
+    return {pointer<const float>(*global_scale), 1, nullptr};
+  }
   expect_tensor(op, "global_scale", *global_scale, {ScalarType::Float}, {count}, like);
   return {pointer<const float>(*global_scale), static_cast<int32_t>(count), pointer<const int32_t>(expert_offsets)};
 }

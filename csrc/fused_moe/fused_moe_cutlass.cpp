@@ -224,7 +224,7 @@ Tensor run_finalize(const Layer& layer, const Intermediates& m, const Tensor& li
   args.hidden_size = layer.hidden_size;
   args.top_k = static_cast<int32_t>(layer.top_k);
   args.routed_scaling_factor = static_cast<float>(routed_scaling_factor);
-  args.slots_complete = true;
+  args.slots_complete = layer.num_experts > 0;  // else no kernel runs between sort_slots and finalize
   args.out = output.data_ptr();
   check_cuda(kOp, finalize(args, layer.stream));
   return output;

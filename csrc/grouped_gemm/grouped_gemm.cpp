@@ -94,9 +94,8 @@ void set_global_scales(BlockScaledArgs& args, const std::optional<Tensor>& a_glo
     const int64_t count = a_global_scale->numel();
     MOE_EXPECT(count == 1 || count == args.num_experts, kOp, "a_global_scale", "float32, one element or one an expert",
                describe(*a_global_scale));
-    if (a_global_scale->dim() != 0) {
-      expect_tensor(kOp, "a_global_scale", *a_global_scale, {ScalarType::Float}, {count}, like);
-    }
+    if (a_global_scale->dim() == 0) expect_tensor(kOp, "a_global_scale", *a_global_scale, {ScalarType::Float}, {}, like);
+    else expect_tensor(kOp, "a_global_scale", *a_global_scale, {ScalarType::Float}, {count}, like);
     args.a_global_scale = pointer<const float>(*a_global_scale);
     args.a_global_stride = count == 1 ? 0 : 1;
   }

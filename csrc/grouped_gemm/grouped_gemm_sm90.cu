@@ -25,6 +25,7 @@ const char* grouped_gemm_sm90_why_not(const GroupedGemmArgs& args) {
       return "packed weights are multiplied by activations of the kind they are packed for";
     if (args.n / args.b_parts % kPackedBlock != 0 || args.k % kPackedBlock != 0) return "packed weights come in blocks of 64 x 64";
   }
+  if (args.k == 0) return "K must be at least 1";
   if (args.k * element % 16 != 0) return "rows of a and b must be a multiple of 16 bytes long (TMA)";
   if (reinterpret_cast<uintptr_t>(args.a) % 16 != 0 || reinterpret_cast<uintptr_t>(args.b) % 16 != 0)
     return "a and b must start at multiples of 16 bytes (TMA)";

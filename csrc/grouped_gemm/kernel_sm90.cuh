@@ -284,7 +284,8 @@ template <class C>
 __device__ __forceinline__ void count_tiles(const KernelParams& p, const Smem<C>& smem, bool counted) {
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
   auto warp_sums = reinterpret_cast<int2*>(smem.staging_ptr);
-  int2 before = {0, 0};  // rows, tiles
+  const int32_t first_row = counted ? 0 : p.expert_offsets[0];
+  int2 before = {first_row, 0};  // rows, tiles
   for (int first = 0; first < p.num_experts; first += C::kThreads) {
     const int e = first + threadIdx.x;
     const bool exists = e < p.num_experts;
@@ -302,7 +303,7 @@ __device__ __forceinline__ void count_tiles(const KernelParams& p, const Smem<C>
       smem.offsets[e + 1] = before.x + sum.x;
       smem.tile_begin[e + 1] = before.y + sum.y;
     }
-    if (e == 0) smem.offsets[0] = smem.tile_begin[0] = 0;
+    if (e == 0) smem.offsets[0] = first_row, smem.tile_begin[0] = 0;
     __syncthreads();  // offsets and tile_begin are complete, warp_sums free
     const int last = min(first + C::kThreads, p.num_experts);
     before = {smem.offsets[last], smem.tile_begin[last]};

@@ -182,7 +182,8 @@ __device__ __forceinline__ void fill_padding(const SortSlotsArgs& args, const in
 #pragma unroll 1
   for (int e = blockIdx.x + warp * gridDim.x; e < args.num_experts; e += kWarps * gridDim.x)
     fill(int64_t(end_row[e]) + lane, align(end_row[e], args.alignment), kLanes);  // the next expert is aligned
-  fill(int64_t(align(end_row[args.num_experts - 1], args.alignment)) + blockIdx.x * kThreads + threadIdx.x, args.num_rows,
+  const int end = args.num_experts > 0 ? align(end_row[args.num_experts - 1], args.alignment) : 0;
+  fill(int64_t(end) + blockIdx.x * kThreads + threadIdx.x, args.num_rows,
        gridDim.x * kThreads);
 }
 

@@ -6,7 +6,7 @@
 namespace moe {
 namespace {
 
-// Strides were checked in front of this kernel (meta_kernels/pack_scale.py); sizes are checked again.
+// As meta_kernels/pack_scale.py checks it, where that does not run: called by name in inference mode.
 bool fits(const Tensor& packed, const ScaleArgs& args, int64_t lead) {
   const bool is_atom = args.layout == ScaleLayout::atom;
   if (packed.element_size() != (is_atom ? 1 : sizeof(uint32_t)) || (is_atom && !packed.is_contiguous())) return false;
@@ -14,7 +14,9 @@ bool fits(const Tensor& packed, const ScaleArgs& args, int64_t lead) {
   for (size_t i = 0; i < sizes.size(); ++i) {
     if (packed.size(lead + static_cast<int64_t>(i)) != sizes[i]) return false;
   }
-  return true;
+  if (is_atom || packed.numel() == 0) return true;
+  if (args.layout == ScaleLayout::words) return packed.is_contiguous();
+  return (sizes[0] <= 1 || packed.stride(lead) == 1) && (sizes[1] <= 1 || packed.stride(lead + 1) >= sizes[0]);  // MN-major
 }
 
 Tensor unpack_scale_cuda(const Tensor& packed, const std::string& layout, int64_t rows, int64_t columns,
@@ -23,6 +25,8 @@ Tensor unpack_scale_cuda(const Tensor& packed, const std::string& layout, int64_
   const bool is_atom = parse_scale_layout(kOp, layout) == ScaleLayout::atom;
   const int64_t lead = packed.dim() - (is_atom ? 5 : 2);
   MOE_EXPECT(lead == 0 || lead == 1, kOp, "packed", "what pack_scale returns for this layout", describe(packed));
+  MOE_EXPECT(dtype == ScalarType::Byte || dtype == ScalarType::Float8_e4m3fn || dtype == ScalarType::Float8_e8m0fnu, kOp, "dtype",
+             "one of float8_e4m3fn, float8_e8m0fnu, uint8", dtype_name(dtype));
   std::vector<int64_t> sizes = {rows, columns};
   if (lead == 1) sizes.insert(sizes.begin(), packed.size(0));
   Tensor scale = empty(sizes, dtype, packed);

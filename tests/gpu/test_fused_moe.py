@@ -251,7 +251,7 @@ def test_ids_out_of_range_spoil_their_token_alone(backend: str, format: str) -> 
 
 # ---- grouped_gemm.cutlass_sm90, exactly ------------------------------------------------------------------------------
 
-OFFSETS = [0, 1, 1, 6, 77, 1002, 1003, 2501, 2990]  # multiples of nothing; the third expert is empty
+OFFSETS = [3, 4, 4, 9, 80, 1005, 1006, 2504, 2993]  # multiples of nothing, from a row other than 0; an expert is empty
 ROWS, N, K = 3001, 2 * 720, 2880
 
 
@@ -267,7 +267,7 @@ def test_grouped_gemm_with_any_offsets_and_scale_strides(
     if reason or (product != "fp8_block" and scales != "k_major"):
         pytest.skip(reason or "no scales")
     g = torch.Generator(DEVICE).manual_seed(2)
-    fmt, used, experts = FORMATS[product], OFFSETS[-1], len(OFFSETS) - 1
+    fmt, first, used, experts = FORMATS[product], OFFSETS[0], OFFSETS[-1], len(OFFSETS) - 1
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=g, device=DEVICE).float()
@@ -276,21 +276,21 @@ def test_grouped_gemm_with_any_offsets_and_scale_strides(
     if fmt.has_scale:
         a_scale = integers(-2, 3, *fmt.act_scale_shape(ROWS, K)).exp2()
         b_scale = integers(-2, 3, experts, *fmt.weight_scale_shape(N, K, 2)).exp2()
-        a_scale[used:] = float("nan")
+        a_scale[:first] = a_scale[used:] = float("nan")
         if scales != "k_major":
             padding = -ROWS % 4 if scales == "mn_major_padded" else 0
             a_scale = torch.nn.functional.pad(a_scale.T, (0, padding)).contiguous()[:, :ROWS].T
             b_scale = b_scale.mT.contiguous().mT
             assert a_scale.stride() == (1, ROWS + padding)
         options = {"a_scale": a_scale, "b_scale": b_scale, "b_parts": 2}
-    a[used:] = float("nan")
+    a[:first] = a[used:] = float("nan")
     bias = integers(-8, 9, experts, N).to(torch.bfloat16)
     offsets = torch.tensor(OFFSETS, device=DEVICE).int()
     call = Call(a.to(fmt.dtype), b.to(fmt.dtype), offsets, bias=bias, format=product, out_dtype=out_dtype, **options)
     poison_free_memory()
     got, expected = call(torch.ops.moe.grouped_gemm.cutlass_sm90), call(torch.ops.moe.grouped_gemm.reference)
     assert got.dtype == expected.dtype == (out_dtype or (torch.float16 if product == "fp16" else torch.bfloat16))
-    assert torch.equal(got[:used], expected[:used])
+    assert torch.equal(got[first:used], expected[first:used])
 
 
 def packed_integers(g: torch.Generator, product: str, num_experts: int, n: int, k: int) -> Tensor:
