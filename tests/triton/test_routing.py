@@ -125,3 +125,13 @@ def test_finalize(dtype):
             expected[token] += weight * expert_out[slot_to_row[token, k]].float()
         expected[2] = float("nan")
         torch.testing.assert_close(out, (2.5 * expected).to(out.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_groups_of_one_expert() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 0.0, 2.0, 1.0]])
+    for num_groups, topk_groups in ((4, 2), (4, 3), (4, 4)):
+        got, expected = (
+            op(logits, 2, num_groups=num_groups, topk_groups=topk_groups)[1]
+            for op in (ops.topk.triton, ops.topk.reference)
+        )
+        assert torch.equal(got, expected)

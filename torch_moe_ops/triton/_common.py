@@ -174,7 +174,7 @@ def block_scale(amax, global_scale, FORMAT: tl.constexpr):
         scale = encode_e4m3(tl.math.div_rn(amax, limit))
         multiplier = decode_e4m3(scale) * global_scale
         inverse = tl.math.div_rn(tl.full(amax.shape, 1.0, tl.float32), multiplier)
-        return scale, tl.where(scale == 0, 0.0, inverse)
+        return scale, tl.where((scale & 0x7F) == 0, 0.0, inverse)  # -0, too
     else:
         limit = tl.full(amax.shape, 127.0 if FORMAT == "int8" else 448.0, tl.float32)
         scale = tl.math.div_rn(tl.maximum(amax, AMAX_MIN), limit)

@@ -336,7 +336,7 @@ def grouped_gemm(
     expect_formats("grouped_gemm", "triton", format, act_format, is_packed(b))
     (rows, _), (num_experts, n, k) = a.shape, b.shape
     out = torch.empty((rows, n), dtype=output_dtype(a.dtype, out_dtype), device=a.device)
-    if out.numel() == 0:
+    if out.numel() == 0 or num_experts == 0:
         return out
     gpu = _gpu(a.device)
     dot = _dot_dtype(gpu, format, act_format)

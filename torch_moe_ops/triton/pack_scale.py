@@ -27,11 +27,11 @@ def _source_rows(place, rows, expert_offsets_ptr, num_experts, LAYOUT: tl.conste
         e = tl.arange(0, EXPERTS)
         offsets = tl.load(expert_offsets_ptr + e, mask=e < num_experts, other=2147483647).to(tl.int64)
         first = (offsets + 127 * e) // 128 * 128
-        expert = tl.sum((first <= tl.min(row)).to(tl.int32), axis=0) - 1
+        expert = tl.maximum(tl.sum((first <= tl.min(row)).to(tl.int32), axis=0) - 1, 0)
         begin = tl.load(expert_offsets_ptr + expert).to(tl.int64)
         end = tl.load(expert_offsets_ptr + expert + 1)
         row = begin + row - (begin + 127 * expert) // 128 * 128
-        row = tl.where(row < end, row, rows)
+        row = tl.where((row >= begin) & (row < end), row, rows)
     return row
 
 

@@ -61,12 +61,13 @@ def _scores(logits, valid, SCORING: tl.constexpr):
 def _best_groups(
     choice, group, num_groups, TOPK_GROUPS: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr
 ):  # fmt: skip
-    """int1 [GROUPS]: the topk_groups groups whose two largest choices have the largest sum."""
+    """int1 [GROUPS]: the topk_groups groups whose two largest choices (or one) have the largest sum."""
     member = tl.arange(0, GROUP_SIZE)[None, :]
     first = tl.max(choice, axis=1)
     first_at = tl.min(tl.where(choice == first[:, None], member, GROUP_SIZE), axis=1)
     second = tl.max(tl.where(member == first_at[:, None], float("-inf"), choice), axis=1)
-    key = tl.where(group < num_groups, _ordering_key(first + second, group), TAKEN)
+    score = first if GROUP_SIZE == 1 else first + second
+    key = tl.where(group < num_groups, _ordering_key(score, group), TAKEN)
     chosen = tl.zeros([GROUPS], tl.int32)
     for _ in range(TOPK_GROUPS):
         best = tl.max(key, axis=0)
