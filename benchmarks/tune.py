@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from torch_moe_ops.cli import _layer, _run
-from torch_moe_ops.cli.bench import names_of, numbers
+from torch_moe_ops.cli._arguments import names_of, numbers
 from torch_moe_ops.cli.bench.measure import time_calls
 from torch_moe_ops.cli.bench.results import ResultFile, environment, read_results
 from torch_moe_ops.experts import Experts

@@ -88,7 +88,8 @@ def expect_offsets(op: str, expert_offsets: Tensor, device: torch.device) -> int
     """int32 [E + 1]. Returns E, at least 1."""
     size = expect_sizes(op, "expert_offsets", expert_offsets, INT32, ("E + 1",), device)[0]
     if size < 2:
-        refuse(op, "expert_offsets", "int32 [E + 1] of at least one expert", list(expert_offsets.shape))
+        got = describe(expert_offsets.dtype, expert_offsets.shape, expert_offsets.device)
+        refuse(op, "expert_offsets", "int32 [E + 1] of at least one expert", got)
     return size - 1
 
 

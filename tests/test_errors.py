@@ -213,6 +213,7 @@ def test_act_mul_and_finalize() -> None:
         ((), {"activation": "swiglustep", "limit": float("nan")}),
         ((), {"layout": "up"}),
         ((), {"layout": "up_gate", "activation": "relu2_no_mul"}),
+        ((torch.randn(6, 16).bfloat16(), torch.zeros(1).int()), {}),
         ((), {"format": "fp16"}),
     )
     rows = ROUTING[1]
@@ -235,6 +236,7 @@ act_mul: limit: expected a number >= 0, got -1.0
 act_mul: limit: expected a number >= 0, got nan
 act_mul: layout: expected one of gate_up, up_gate, interleaved, got up
 act_mul: layout: expected gate_up for relu2_no_mul, which is not gated, got up_gate
+act_mul: expert_offsets: expected int32 [E + 1] of at least one expert, got int32 [1] on cpu
 act_mul: format: expected bf16 or a quantised format for bfloat16 values, got fp16
 finalize: expert_out: expected bfloat16 or float16 or float32 [P, H] on cpu, got float64 [6, 8] on cpu
 finalize: slot_to_row: expected int32 [T, K] on cpu, got int32 [6] on cpu

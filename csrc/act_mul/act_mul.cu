@@ -205,8 +205,7 @@ std::tuple<Tensor, Tensor> act_mul_cuda(const Tensor& gate_up, const Tensor& exp
   args.layout = parse_layout(kOp, "layout", layout, args.activation, activation);
   expect_tensor(kOp, "gate_up", gate_up, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, {"P", "columns"},
                 gate_up);
-  expect_tensor(kOp, "expert_offsets", expert_offsets, {ScalarType::Int}, {"E + 1"}, gate_up);
-  MOE_EXPECT(expert_offsets.numel() >= 2, kOp, "expert_offsets", "int32 [E + 1] of at least one expert", describe(expert_offsets));
+  expect_offsets(kOp, expert_offsets, gate_up);
   const ScalarType dtype = gate_up.scalar_type();
   MOE_EXPECT(has_scale(args.format) || dtype == ScalarType::Float || value_dtype(args.format) == dtype, kOp, "format",
              "the format of gate_up or a quantised one", format_name);

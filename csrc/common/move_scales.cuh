@@ -68,8 +68,7 @@ inline ScaleArgs scale_args(const char* op, const Tensor& scale, const std::stri
   if (expert_offsets) {
     MOE_EXPECT(args.layout == ScaleLayout::atom && dims == 2, op, "expert_offsets",
                "none but for one matrix in the layout atom", describe(*expert_offsets));
-    expect_tensor(op, "expert_offsets", *expert_offsets, {ScalarType::Int}, {"E + 1"}, scale);
-    MOE_EXPECT(expert_offsets->numel() >= 2, op, "expert_offsets", "int32 [E + 1] of at least one expert", describe(*expert_offsets));
+    expect_offsets(op, *expert_offsets, scale);
     args.expert_offsets = pointer<const int32_t>(*expert_offsets);
     args.num_experts = static_cast<int32_t>(expert_offsets->numel()) - 1;
     args.places = (args.rows + (kAtomRows - 1) * args.num_experts) / kAtomRows * kAtomRows;

@@ -91,6 +91,11 @@ inline QuantizedTensors empty_quantized(Format format, int64_t rows, int64_t k, 
   return out;
 }
 
+inline void expect_offsets(const char* op, const Tensor& expert_offsets, const Tensor& like) {
+  expect_tensor(op, "expert_offsets", expert_offsets, {ScalarType::Int}, {"E + 1"}, like);
+  MOE_EXPECT(expert_offsets.numel() >= 2, op, "expert_offsets", "int32 [E + 1] of at least one expert", describe(expert_offsets));
+}
+
 // The checks that permute, act_mul and quantize share: global_scale belongs to nvfp4, one element or one an expert.
 inline GlobalScale parse_global_scale(const char* op, Format format, const std::optional<Tensor>& global_scale,
                                       const std::optional<Tensor>& expert_offsets, const Tensor& like) {

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from torch_moe_ops.backends import explain_choices
-from torch_moe_ops.cli.explain import positive
+from torch_moe_ops.cli._arguments import positive
 
 from .support import act_formats, supported
 

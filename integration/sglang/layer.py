@@ -19,7 +19,7 @@ from torch import Tensor
 import torch_moe_ops as moe
 from torch_moe_ops.backends import Explanation, explain_choices
 
-from .methods import Stored, replace_parameter, stored
+from .methods import Stored, replace_buffer, replace_parameter, stored
 from .support import (
     DTYPE_FORMATS,
     Unsupported,
@@ -31,8 +31,7 @@ from .support import (
 logger = logging.getLogger("sglang.srt.torch_moe_ops")  # below "sglang", whose level --log-level sets
 
 
-# A buffer of the layer: SGLang keeps and restores those when it gives memory back for a while.
-EXPERT_MAP = "torch_moe_expert_map"
+EXPERT_MAP = "torch_moe_expert_map"  # a buffer of the layer
 
 
 class LayerRunner:
@@ -71,9 +70,9 @@ class LayerRunner:
         """What moe::fused_moe would refuse at the first request is refused here."""
         self.stored.prepare(layer)
         num_experts, num_router_experts = layer.w2_weight.shape[0], getattr(self.config, "num_experts", None) or 0
-        if num_experts < num_router_experts and not hasattr(layer, EXPERT_MAP):
+        if num_experts < num_router_experts:
             expert_map = moe.local_expert_map(num_experts, num_router_experts, layer.w2_weight.device)
-            layer.register_buffer(EXPERT_MAP, expert_map, persistent=False)
+            replace_buffer(layer, EXPERT_MAP, expert_map)
         if self.explanation.problem.packed:
             self.pack(layer)
         options = {name: value for name, value in self.options.items() if name != "w13_layout"}  # only a row order

@@ -108,7 +108,7 @@ def nvfp4(method: object, layer: nn.Module) -> Stored:
         """One scale for all experts, also those of other ranks: the result does not depend on who computes it."""
         for name in ("13", "2"):
             scale = getattr(layer, f"w{name}_input_scale").max().float().reshape(1)
-            replace_tensor(layer, f"a{name}_global_scale", scale)
+            replace_buffer(layer, f"a{name}_global_scale", scale)
 
     return Stored("nvfp4", NVFP4_SCALES, (hidden,) if only_weights else act_formats("nvfp4", hidden), prepare)
 
@@ -138,7 +138,7 @@ def invert_global_scales(layer: nn.Module) -> None:
         layer.register_parameter(f"w{name}_weight", getattr(layer, f"w{name}_weight_packed"))
         replace_parameter(layer, f"w{name}_weight_scale_2", 1 / getattr(layer, f"w{name}_weight_global_scale").float())
         if (act_scale := getattr(layer, f"w{name}_input_global_scale", None)) is not None:
-            replace_tensor(layer, f"a{name}_global_scale", 1 / act_scale.min().float().reshape(1))
+            replace_buffer(layer, f"a{name}_global_scale", 1 / act_scale.min().float().reshape(1))
 
 
 def replace_parameter(layer: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -147,13 +147,15 @@ def replace_parameter(layer: nn.Module, name: str, value: torch.Tensor) -> None:
         setattr(layer, name, nn.Parameter(value, requires_grad=False))
 
 
-def replace_tensor(layer: nn.Module, name: str, value: torch.Tensor) -> None:
-    """The same for what is no parameter."""
+def replace_buffer(layer: nn.Module, name: str, value: torch.Tensor) -> None:
+    """The same for what is the same for all experts. SGLang keeps and restores buffers when it gives memory back."""
     if not overwrite(getattr(layer, name, None), value):
-        setattr(layer, name, value)
+        layer.register_buffer(name, value, persistent=False)
 
 
 def overwrite(old: torch.Tensor | None, value: torch.Tensor) -> bool:
+    """Copies value into old where it fits there exactly; whether it did."""
+
     def layout(tensor: torch.Tensor) -> tuple[object, ...]:
         return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 

@@ -376,3 +376,19 @@ def test_rows_do_not_depend_on_the_batch():
         few = ops.act_mul.cuda(x[:rows], offsets, format="fp8_block")
         many = ops.act_mul.cuda(x, all_offsets, format="fp8_block")
         assert torch.equal(bits(few[0]), bits(many[0])[:rows]) and torch.equal(few[1], many[1][:rows])
+
+
+def test_arguments_are_checked_in_inference_mode():
+    """Where Python's checks do not run: what would be read out of bounds is refused by the kernels' own."""
+    x, rows = torch.zeros(4, 64, device="cuda", dtype=torch.bfloat16), torch.zeros(4, 128, device="cuda")
+    one, none = (torch.zeros(n, device="cuda", dtype=torch.int32) for n in (1, 0))
+    words = torch.zeros(1, 1, device="cuda", dtype=torch.int32).expand(4, 2)
+    for op, message in (
+        (lambda: ops.quantize.cuda(x, "nvfp4", global_scale=torch.tensor(0.5)), "quantize: global_scale"),
+        (lambda: ops.act_mul.cuda(rows, one), "act_mul: expert_offsets"),
+        (lambda: ops.act_mul.cuda(rows, none), "act_mul: expert_offsets"),
+        (lambda: ops.unpack_scale.cuda(words, "words", 4, 8, torch.uint8), "unpack_scale: packed"),
+        (lambda: ops.unpack_scale.cuda(words.contiguous(), "words", 4, 8, torch.float32), "unpack_scale: dtype"),
+    ):
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=rf"^{message}: expected [^\n]*, got [^\n]*$"):
+            op()

@@ -14,6 +14,7 @@ import torch
 from ..activations import ACTIVATIONS
 from ..backends import OPS, explain
 from ..formats import FORMATS
+from ._arguments import positive
 from ._run import Refused
 
 
@@ -29,14 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--packed", action="store_true", help="the weights are results of pack_weight")
     parser.add_argument("--sm", type=positive, help="compute capability without the dot, 90 for an H100 or H200")
     parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def positive(text: str) -> int:
-    """An argparse type."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
 
 
 def main(args: argparse.Namespace) -> int:

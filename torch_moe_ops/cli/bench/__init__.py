@@ -12,7 +12,6 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from ...backends import CANDIDATES
 from ...experts import Experts
 from ...formats import FORMATS
 from .. import _layer
+from .._arguments import names_of, numbers, seconds
 from . import compare
 from .host import measure_host_call
 from .measure import GRAPH_CALLS, Point, measure_fused_moe, one_line
@@ -62,35 +62,6 @@ def case_names(text: str) -> list[str]:
     """An argparse type: a comma-separated list of cases and groups of cases -> the cases, each once."""
     names = names_of([*_layer.CASES, *_layer.CASE_GROUPS])(text)
     return list(dict.fromkeys(case for name in names for case in _layer.CASE_GROUPS.get(name, (name,))))
-
-
-def names_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
-    """An argparse type: a comma-separated list of some of `choices`."""
-
-    def parse(text: str) -> list[str]:
-        names = [name for name in text.split(",") if name]
-        unknown = [name for name in names if name not in choices]
-        if unknown or not names:
-            raise argparse.ArgumentTypeError(f"expected some of {','.join(choices)}, got {text}")
-        return names
-
-    return parse
-
-
-def numbers(text: str) -> list[int]:
-    """An argparse type: a comma-separated list of positive integers."""
-    values = [int(number) for number in text.split(",") if number]
-    if not values or min(values) < 1:
-        raise argparse.ArgumentTypeError(f"expected positive numbers, got {text}")
-    return values
-
-
-def seconds(text: str) -> float:
-    """An argparse type."""
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"expected a number that is not negative, got {text}")
-    return value
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,0 +1,41 @@
+"""Types for argparse: text -> value, or an error that says what was expected."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+
+
+def names_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
+    """A comma-separated list of some of `choices`."""
+
+    def parse(text: str) -> list[str]:
+        names = [name for name in text.split(",") if name]
+        unknown = [name for name in names if name not in choices]
+        if unknown or not names:
+            raise argparse.ArgumentTypeError(f"expected some of {','.join(choices)}, got {text}")
+        return names
+
+    return parse
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def numbers(text: str) -> list[int]:
+    """A comma-separated list of positive integers."""
+    values = [int(number) for number in text.split(",") if number]
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"expected positive numbers, got {text}")
+    return values
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected a number that is not negative, got {text}")
+    return value
