@@ -94,30 +94,30 @@ def test_choices() -> None:
     assert_expected_inline(
         "\n".join(lines),
         """\
-dsv3_tp8     1  split64           split64           split64           split64
-dsv3_tp8     8  split128          split128          split128          gated64
+dsv3_tp8     1  split32           split32           split64           split64
+dsv3_tp8     8  split64           split128          split128          gated64
 dsv3_tp8   128  gated64           gated64           gated32           gated64
-dsv3_tp8   512  gated64           gated64           gated64           gated64
+dsv3_tp8   512  gathered128       gated64           gated64           gated64
 dsv3_tp8  8192  gathered128       gathered128       gathered128       gated64
-dsv3_ep8     1  split64           split64           split64           split64
-dsv3_ep8     8  split128          split128          split128          gated64
+dsv3_ep8     1  split32           split32           split64           split64
+dsv3_ep8     8  split64           split128          split128          gated64
 dsv3_ep8   128  gated64           gated64           gated32           gated64
-dsv3_ep8   512  gated64           gated64           gated64           gated64
+dsv3_ep8   512  gated128          gated64           gated64           gated64
 dsv3_ep8  8192  gated128          gated128          gated128          gated64
-qwen30b      1  split128          split128          split128          split128
+qwen30b      1  split64           split128          split128          split128
 qwen30b      8  gated64           gated64           gated64           gated64
 qwen30b    128  gated64           gated64           gated32           gated64
-qwen30b    512  gated64           gated64           gated64           gated64
+qwen30b    512  gathered128       gated64           gated64           gated64
 qwen30b   8192  gathered128       gated128          gated128          gated64
-mixtral      1  split128          split128          split128          split128
+mixtral      1  split64           split128          split128          split128
 mixtral      8  gated64+gemm2     gated64           split128          gated64
-mixtral    128  gated64+gemm2     gated64           gated64+gemm2     gated64
+mixtral    128  gated128+gemm2    gated64           gated64+gemm2     gated64
 mixtral    512  gated128+gemm2    gated128          gated128+gemm2    gated64
 mixtral   8192  gated128          gated128          gated128          gated64
-gptoss       1  split128          split128          split128          split128
-gptoss       8  gated64           gated64           gated64           gated64
+gptoss       1  split64           split128          split128          split128
+gptoss       8  gated64           gated64           gated32           gated64
 gptoss     128  gated64           gated64           gated32           gated64
-gptoss     512  gated64           gated64           gated64           gated64
+gptoss     512  gated128          gated64           gated64           gated64
 gptoss    8192  gated128          gated128          gated128          gated64""",
     )
 
@@ -226,7 +226,7 @@ def test_measure(wrong: str | None, tmp_path, monkeypatch: pytest.MonkeyPatch) -
     assert set(one.us) == {"split32", "split64", "split128", "gated64"}
     assert set(many.us) == {"split32", "split64", "split128", "gated64", "gated128", "gathered128"}
     chosen = [line["tactic"] for line in tune.read_results(tmp_path / "times.jsonl")[1] if line["chosen"]]
-    assert chosen == ["split64", "gated64"]
+    assert chosen == ["split32", "gated64"]
 
 
 def test_the_fit_refuses_the_benchmarks_layers(tmp_path) -> None:

@@ -91,7 +91,7 @@ struct Config {
   static constexpr int kTokenSteps = kSplit ? kTokenBytes / (kMaxTokens * 128 * int(sizeof(Element))) : 1;
   static constexpr int kTokenWarps = kSplit ? (kStages * kTokenSteps < 7 ? kStages * kTokenSteps : 7) : kFloat8 || kCanGather ? 3 : 1;
   static constexpr int kThreads = kConsumers + (kSplit ? 256 : 128);
-  static constexpr int kReaders = kConsumers / 32 + kTokenWarps;  // warps that are told of a tile
+  static constexpr int kReaders = kConsumers + kLanes * kTokenWarps;  // threads that are told of a tile
   // With narrow tiles of 64 tokens beside wide ones of two waves, ptxas runs out of registers and makes every wgmma wait (C7511): those kernels
   // have half-wide ones, which take the wide ones' loop.
   static constexpr bool kHasWide = kMaxTokens == 128 && !kPacked;  // packed weights are an operand in registers: the 64-row one
@@ -323,7 +323,7 @@ struct PipelineState {
   }
 };
 
-// The tile that a reader warp works on next; released, by the same warp, once it is finished.
+// The tile that a reader warp works on next; released, by every lane of it, once it is finished.
 template <class C>
 __device__ __forceinline__ const Tile& wait_tile(const Smem<C>& smem, const PipelineState<kTileSlots>& slot) {
   smem.tile_full[slot.stage].wait(slot.phase);
@@ -332,7 +332,7 @@ __device__ __forceinline__ const Tile& wait_tile(const Smem<C>& smem, const Pipe
 template <class C>
 __device__ __forceinline__ void release_tile(const Smem<C>& smem, PipelineState<kTileSlots>& slot) {
   __syncwarp();
-  if ((threadIdx.x & 31) == 0) smem.tile_empty[slot.stage].arrive();
+  smem.tile_empty[slot.stage].arrive();
   slot.advance();
 }
 
@@ -343,11 +343,10 @@ __device__ __forceinline__ void wait_full(const Smem<C>& smem, const PipelineSta
   if (smem.gathered) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what cp.async wrote
 }
 
-// Done with a stage's operands.
+// Done with a stage's operands. Every lane says so itself: racecheck does not follow `__syncwarp()` and one lane's arrival, and that is no faster.
 template <class C>
 __device__ __forceinline__ void release(const Smem<C>& smem, int stage) {
-  __syncwarp();
-  if ((threadIdx.x & 31) == 0) smem.empty[stage].arrive();
+  smem.empty[stage].arrive();
 }
 
 template <int kCount>

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm_ker
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::kStages; ++s) {
       smem.full[s].init(1 + (smem.gathered ? kGatherArrivals<C> : C::kSplit ? C::kTokenSteps * kLanes : kScaleArrivals<C>));  // weights, and tokens
-      smem.empty[s].init(C::kConsumers / 32);
+      smem.empty[s].init(C::kConsumers);
     }
     for (int s = 0; s < kTileSlots; ++s) {
       smem.tile_full[s].init(1);

@@ -15,6 +15,7 @@ from torch_moe_ops.packed_weights import is_packed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SPLIT = ("split32", "split64", "split128")
+FUSED_MOE = torch.ops.moe.fused_moe_with_tactic
 MOST_SLOTS = tune.MAX_SPLIT_SLOTS
 NUM_EXPERTS, TOP_K = LAYER["num_experts"], LAYER["top_k"]
 
@@ -168,3 +169,15 @@ def test_thread_blocks_that_start_late(sm90_product: str, others: str) -> None:
     torch.cuda.synchronize()
     for tactic, output in outputs:
         assert torch.equal(output, expected), tactic
+
+
+def test_many_calls_give_the_same_bits(sm90_product: str) -> None:
+    """GEMM2's K is long, and loading its tokens keeps the memory pipeline busy: what refills a stage may not overtake
+    loads from shared memory that this holds up."""
+    call = layer(sm90_product, 8, hidden_size=5120, intermediate_size=12288, num_experts=6, top_k=3)
+    expected = with_tactic(call, "gated64")
+    for tactic in SPLIT[is_packed(call.args[1]) :]:
+        outputs = [with_tactic(call, tactic)]
+        outputs += [call(lambda *args, **options: FUSED_MOE(tactic, *args, **options)) for _ in range(400)]  # noqa: B023
+        different = sum(not torch.equal(output, expected) for output in outputs)
+        assert different == 0, f"{tactic}: {different} of {len(outputs)}"
