@@ -48,6 +48,7 @@ TILES = {  # tokens
     "split32": 32,
     "split64": 32,
     "split128": 32,
+    "split256": 32,
     "gated32": 32,
     "gated64": 64,
     "gated128": 128,
@@ -134,6 +135,10 @@ class Constants:
         "not packed: of 32 rows in GEMM1 if it has fewer than this many such tiles",
         *(0, 0.125, 0.25, 0.4, 0.5, 0.75, 1, 1.5, 2),
     )
+    split256_cost: float = threshold(
+        "packed: of 256 rows if a round of those, at this cost of one of 128 rows, saves rounds of GEMM1;",
+        *(1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9),
+    )
     gated32_rows: float = threshold("packed: gated32 up to this many rows an expert,", 2, 4, 8, 12, 16, 20, 24)
     gated32_cost: float = threshold(
         "and if a round of two thread blocks an SM, at this cost of one, saves rounds",
@@ -168,7 +173,14 @@ def choose_tiles(facts: Facts, constants: Constants) -> str:
     ):
         if not is_packed(facts) and tiles(gemm1, 128) < constants.split32_rounds * facts.num_sms:
             return "split32"
-        return "split64" if tiles(gemm1, 128) < constants.split64_rounds * facts.num_sms else "split128"
+        if tiles(gemm1, 128) < constants.split64_rounds * facts.num_sms:
+            return "split64"
+
+        def split_rounds(tile_rows: int) -> float:
+            return math.ceil(2 * tiles(facts.intermediate_size, tile_rows) / facts.num_sms)
+
+        saves = constants.split256_cost * split_rounds(256) < split_rounds(128)
+        return "split256" if facts.elements == "packed" and saves else "split128"
     if (
         facts.elements == "packed"
         and rows_an_expert_up_to(constants.gated32_rows)
@@ -212,9 +224,9 @@ def possible_tiles(facts: Facts) -> dict[str, int]:
         for name, tokens in TILES.items()
         if tokens <= most_tokens(facts) and (facts.may_split or not name.startswith("split"))
     }
-    impossible = {"split32"} if is_packed(facts) else {"gated32"}
-    if facts.elements == "packed_float8":
-        impossible.add("gated32")
+    impossible = {"split32"} if is_packed(facts) else set()
+    if facts.elements != "packed":
+        impossible |= {"split256", "gated32"}
     return {name: tiles[name] for name in tiles if name not in impossible}
 
 
@@ -243,7 +255,7 @@ HEADER = """\
 
 namespace moe::sm90 {{
 
-constexpr double kAlways = std::numeric_limits<double>::infinity();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Where choose_tactic changes its mind. "Tiles an SM" are those of the experts that are likely to be hit.
 struct TacticConstants {{
@@ -273,7 +285,7 @@ def _name(elements: str) -> str:
 
 
 def _number(value: float) -> str:
-    return "kAlways" if value == math.inf else f"{value:g}"
+    return "kInfinity" if value == math.inf else f"{value:g}"
 
 
 def read_table(text: str) -> dict[str, Constants]:
@@ -284,7 +296,7 @@ def read_table(text: str) -> dict[str, Constants]:
         if not body:
             raise _run.Refused(f"fit: --header: expected a table with {_name(elements)}, got none")
         values = re.findall(r"\.(\w+) = (\S+?)(?:,|$)", body)
-        table[elements] = Constants(**{name: math.inf if x == "kAlways" else float(x) for name, x in values})
+        table[elements] = Constants(**{name: math.inf if x == "kInfinity" else float(x) for name, x in values})
     return table
 
 
@@ -312,7 +324,7 @@ def regret(points: Sequence[Timed], constants: Constants) -> float:
 def neighbours(elements: str, constants: Constants) -> Iterator[Constants]:
     """Every other value of one threshold; those next to the present one first."""
     for f in fields(Constants):
-        if f.name.startswith("gated32") and elements != "packed":
+        if f.name.startswith(("split256", "gated32")) and elements != "packed":
             continue
         if f.name.startswith("split32") and elements.startswith("packed"):
             continue

@@ -46,6 +46,12 @@ def product_of(call: Call) -> str:
     return format if act_format in ("", "bf16", "fp16") else f"{format} x {act_format}"
 
 
+def split_tiles(product: str) -> tuple[str, ...]:
+    if product in BF16_LAYOUT:
+        return "split64", "split128", "split256"
+    return ("split64", "split128") if product == W4A8 else ("split32", "split64", "split128")
+
+
 def layer(product: str, num_tokens: int, **changes: object) -> Call:
     call = make_moe(num_tokens=num_tokens, device=DEVICE, **{**formats_of(product), **LAYER, **changes})
     return packed(call) if needs_packing(product) else call

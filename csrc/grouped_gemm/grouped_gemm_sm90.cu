@@ -89,8 +89,7 @@ sm90::LayerFacts fused_gemms_sm90_facts(const FusedGemms& f, bool can_gather, bo
   if (count_sms(&num_sms) != cudaSuccess) num_sms = 0;  // the launch will say so
   const bool packed = f.gemm1.packing != Packing::none, float8 = f.gemm1.ab_dtype == DType::float8_e4m3;
   const Elements elements = packed ? (float8 ? Elements::packed_float8 : Elements::packed) : float8 ? Elements::float8 : Elements::bits16;
-  const double share = f.expert_map == nullptr ? 1. : std::min(1., double(f.gemm1.num_experts) / std::max(1, f.num_global_experts));
-  return {elements, f.gemm1.num_rows, f.gemm1.num_experts, f.gemm2.n, f.gemm2.k, num_sms, can_gather, can_split, share, is_rounded(f.act_format)};
+  return {elements, f.gemm1.num_rows, f.gemm1.num_experts, f.gemm2.n, f.gemm2.k, num_sms, can_gather, can_split, f.local_share(), is_rounded(f.act_format)};
 }
 
 FusedGemmsSizes fused_gemms_sm90_sizes(const FusedGemms& f) {

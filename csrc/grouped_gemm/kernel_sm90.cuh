@@ -62,6 +62,7 @@ struct Config {
   static constexpr int kRows = kWaveRows * kWaves;
   static constexpr int kFewerRows = kFewerRows_, kGemm1Rows = kFewerRows ? kFewerRows : kGated ? kWaveRows : kRows;  // from one tile to the next
   static constexpr int kConsumers = 128 * kWarpgroups;
+  static constexpr bool kFewerWarpgroups = kWarpgroups == 4;  // multiply a tile of GEMM2, if GemmParams::tile_rows is less than kRows
   static constexpr bool kCanGather = kGated && kMaxTokens == 128;
   static constexpr int kBlockBytes = packed_block_bytes(kPacking);  // packed: of 64 weight rows
   // K blocks, 128 bytes of a token, in a stage. With few tokens a block is less work than its barriers, and float8 sums of two blocks, which do
@@ -96,13 +97,14 @@ struct Config {
   // have half-wide ones, which take the wide ones' loop.
   static constexpr bool kHasWide = kMaxTokens == 128 && !kPacked;  // packed weights are an operand in registers: the 64-row one
   static constexpr bool kHasHalfWide = kHasWide && kWaves == 2;
-  // Registers a thread, moved from producers to consumers. The three warpgroups start with 168 each (80 with two thread blocks an SM) and
-  // share exactly that: asking for more waits for ever.
-  static constexpr bool kRebalanceRegisters = kWarpgroups == 2 && kThreads == 384;
+  // Registers a thread, moved from producers to consumers. Three warpgroups start with 168 each (80 with two thread blocks an SM), six with 80,
+  // and share exactly that: asking for more waits for ever.
+  static constexpr bool kRebalanceRegisters = (kWarpgroups == 2 && kThreads == 384);
   static constexpr bool kBusyProducers = kFloat8 || kCanGather;  // 56 registers would be too few for them
-  static constexpr int kProducerRegisters = kBlocksPerSm == 2 ? 48 : kBusyProducers ? 72 : 56;
-  static constexpr int kConsumerRegisters = kBlocksPerSm == 2 ? 96 : kBusyProducers ? 216 : 224;
-  static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (kBlocksPerSm == 2 ? 80 : 168));
+  static constexpr int kProducerRegisters = kFewerWarpgroups ? 64 : kBlocksPerSm == 2 ? 48 : kBusyProducers ? 72 : 56;
+  static constexpr int kConsumerRegisters = kFewerWarpgroups ? 88 : kBlocksPerSm == 2 ? 96 : kBusyProducers ? 216 : 224;
+  static_assert(kFewerWarpgroups ? 2 * kProducerRegisters + 4 * kConsumerRegisters <= 6 * 80
+                                 : kProducerRegisters + 2 * kConsumerRegisters <= 3 * (kBlocksPerSm == 2 ? 80 : 168));
   static_assert((kPacking == Packing::mxfp4_e4m3) == (kPacked && kFloat8) && !(kPacked && kFloat8 && kMaxTokens > 64));
   static_assert(kBlocksPerSm == 1 || kMaxTokens == 32);
   static_assert(kMaxTokens == 32 || kMaxTokens == 64 || (kMaxTokens == 128 && kWarpgroups == 2), "a wide tile gives 64 tokens to each of two warpgroups");
@@ -186,7 +188,7 @@ struct TileFinder {
   __device__ TileFinder(const KernelParams& p, const Smem<C>& smem) : p(p), smem(smem) { start_gemm(); }
 
   __device__ bool both_parts() const { return C::kGated && gemm == 0; }
-  __device__ int32_t row_step() const { return gemm == 0 ? C::kGemm1Rows : C::kRows; }
+  __device__ int32_t row_step() const { return gemm == 0 ? C::kGemm1Rows : C::kFewerWarpgroups ? p.gemm[1].tile_rows : C::kRows; }
 
   __device__ void start_gemm() {
     const int32_t step = row_step(), k_stages = p.gemm[gemm].k_stages;
@@ -347,6 +349,16 @@ __device__ __forceinline__ void wait_full(const Smem<C>& smem, const PipelineSta
 template <class C>
 __device__ __forceinline__ void release(const Smem<C>& smem, int stage) {
   smem.empty[stage].arrive();
+}
+
+// Stages that this warpgroup has no rows of.
+template <class C>
+__device__ __forceinline__ void skip(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages) {
+#pragma unroll 1
+  for (int kb = 0; kb < k_stages; ++kb, pipe.advance()) {
+    wait_full<C>(smem, pipe);
+    release<C>(smem, pipe.stage);
+  }
 }
 
 template <int kCount>

@@ -46,6 +46,7 @@ cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool tokens_by
   g.k_stages = (args.k * int(sizeof(Element)) + 128 * C::kStageBlocks - 1) / (128 * C::kStageBlocks);
   g.k_blocks = (args.k + 127) / 128;
   g.packed_k_blocks = args.k / kPackedBlock;
+  g.tile_rows = C::kRows;
   g.out_dtype = args.out_dtype;
   g.bias_dtype = args.bias_dtype;
   g.a_global_scale = args.a_global_scale;
@@ -79,7 +80,7 @@ cudaError_t launch_kernel(const KernelParams& p, int64_t tiles, int num_sms, cud
 }
 
 template <class C>
-int64_t row_tiles(const GemmParams& g) { return (g.part_rows + C::kRows - 1) / C::kRows * g.parts; }
+int64_t row_tiles(const GemmParams& g) { return tiles_of(g.part_rows, g.tile_rows) * g.parts; }
 
 template <class C>
 cudaError_t launch_plain(const GroupedGemmArgs& args, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
@@ -109,6 +110,8 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   KernelParams p{};
   if (auto e = fill_gemm<C>(p.gemm[0], f.gemm1, !C::kSplit && f.row_to_slot == nullptr, C::kFewerRows ? C::kFewerRows : C::kWaveRows)) return e;
   if (auto e = fill_gemm<C>(p.gemm[1], f.gemm2, !C::kSplit)) return e;
+  if (C::kFewerWarpgroups)
+    p.gemm[1].tile_rows = split256_gemm2_rows(expected_hit(double(f.gemm1.num_rows) * f.local_share(), f.gemm1.num_experts), f.gemm2.n, num_sms);
   const int64_t token_tiles = max_token_tiles(f.gemm1.num_rows, f.gemm1.num_experts, C::kMaxTokens);
   const int32_t groups = (f.gemm2.k + 127) / 128;
   p.expert_offsets = f.gemm1.expert_offsets;
@@ -162,6 +165,10 @@ auto with_fused_config(Tiles tiles, F&& f) {
       if constexpr (kPacking == Packing::none) return f.template operator()<Config<Element, 32, 1, 1, Mode::split, kPacking, 1, 32>>();
       [[fallthrough]];
     case Tiles::split64: return f.template operator()<Config<Element, 32, 1, 1, Mode::split, kPacking>>();
+    case Tiles::split256:
+      if constexpr (kPacking != Packing::none && kPacking != Packing::mxfp4_e4m3)
+        return f.template operator()<Config<Element, 32, 4, 1, Mode::split, kPacking>>();
+      [[fallthrough]];
     case Tiles::split128: return f.template operator()<Config<Element, 32, 2, 1, Mode::split, kPacking>>();
     case Tiles::gated32:
       if constexpr (kPacking != Packing::none && kPacking != Packing::mxfp4_e4m3)

@@ -38,6 +38,12 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
     const GemmParams& g = p.gemm[C::kFused ? state >> 8 & 1 : 0];
     const int k_stages = g.k_stages;
     pipe = {int(state >> 10), state >> 9 & 1};
+    if constexpr (C::kFewerWarpgroups)
+      if (warpgroup * 64 >= g.tile_rows) {
+        skip<C>(smem, pipe, k_stages);
+        release_tile(smem, slot);
+        continue;
+      }
     auto narrow = [&]<int kTokens>() {
       float total[C::kWaves * kTokens / 2];
       multiply<C, kTokens>(smem, pipe, k_stages, warpgroup, total);

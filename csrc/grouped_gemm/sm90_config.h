@@ -35,6 +35,10 @@ struct FusedGemms {
   const int32_t* expert_map = nullptr;  // [num_global_experts] or null
   int32_t num_global_experts = 0;
   float* gate_up = nullptr;             // [num_rows, n of gemm1], must be 0
+
+  double local_share() const {  // of the rows, expected here
+    return expert_map == nullptr ? 1. : std::min(1., double(gemm1.num_experts) / std::max(1, num_global_experts));
+  }
 };
 struct FusedGemmsSizes {
   int64_t sync = 0;     // int32 counters
@@ -64,6 +68,7 @@ struct GemmParams {
   int32_t k_stages;                // what K fills, of Config::kStageBlocks K blocks each
   int32_t k_blocks;                // float8: 1 x 128 scales of a token
   int32_t packed_k_blocks;         // packed: blocks of 64 k
+  int32_t tile_rows;               // of a tile
   DType out_dtype, bias_dtype;
 };
 

@@ -23,11 +23,11 @@ constexpr int64_t max_token_tiles(int64_t num_rows, int32_t num_experts, int32_t
 enum class Elements { bits16, float8, packed, packed_float8 };  // what is multiplied; packed: weights, by 16-bit tokens or float8 ones
 
 // Tiles of both GEMMs: Mode (sm90_config.h), and weight rows (split) or the most tokens (gated, of 256 weight rows).
-//   split32: not packed; split64 but for GEMM1, which has more tiles for the same rows.
+//   split32: not packed; split64 but for GEMM1, which has more tiles for the same rows.   split256: packed only.
 //   gated32: packed only, two thread blocks an SM.   gathered128: gated128 whose GEMM1 gathers its tokens; the other gated ones read
 //   permuted ones.   split: up to kMaxSplitSlots slots.
-enum class Tiles { split32, split64, split128, gated32, gated64, gated128, gathered128 };
-constexpr const char* kTilesNames[] = {"split32", "split64", "split128", "gated32", "gated64", "gated128", "gathered128"};
+enum class Tiles { split32, split64, split128, split256, gated32, gated64, gated128, gathered128 };
+constexpr const char* kTilesNames[] = {"split32", "split64", "split128", "split256", "gated32", "gated64", "gated128", "gathered128"};
 constexpr const char* kGemm2Alone = "+gemm2";  // behind those in a tactic's name
 
 constexpr int32_t kMaxSplitSlots = 384;     // of a thread each
@@ -64,13 +64,13 @@ constexpr const TacticConstants& constants_of(Elements elements) {
   }
 }
 
-constexpr bool gated(Tiles tiles) { return tiles > Tiles::split128; }
+constexpr bool gated(Tiles tiles) { return tiles > Tiles::split256; }
 constexpr bool is_packed(Elements elements) { return elements == Elements::packed || elements == Elements::packed_float8; }
 constexpr int32_t tokens_of(Tiles tiles) { return !gated(tiles) || tiles == Tiles::gated32 ? 32 : tiles == Tiles::gated64 ? 64 : 128; }
 
 constexpr bool is_possible(const LayerFacts& f, const Tactic& tactic) {
   if (tactic.tiles == Tiles::split32 && is_packed(f.elements)) return false;
-  if (tactic.tiles == Tiles::gated32 && f.elements != Elements::packed) return false;
+  if ((tactic.tiles == Tiles::gated32 || tactic.tiles == Tiles::split256) && f.elements != Elements::packed) return false;
   if (tokens_of(tactic.tiles) > f.most_tokens()) return false;
   if (tactic.tiles == Tiles::gathered128 && !f.can_gather) return false;
   if (!gated(tactic.tiles) && !f.may_split()) return false;
@@ -79,17 +79,28 @@ constexpr bool is_possible(const LayerFacts& f, const Tactic& tactic) {
 
 constexpr int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
+// How many experts are hit if every row draws one at random.
+inline double expected_hit(double rows, int32_t num_experts) { return num_experts * (1 - std::exp(-rows / num_experts)); }
+
+// Weight rows of split256's tiles of GEMM2: as few as give no SM two of them, so that a long K keeps as many SMs busy as there are.
+inline int32_t split256_gemm2_rows(double hit, int64_t hidden_size, int32_t num_sms) {
+  for (const int32_t rows : {64, 128})
+    if (hit * double(tiles_of(hidden_size, rows)) <= num_sms) return rows;
+  return 256;
+}
+
 inline Tiles choose_tiles(const LayerFacts& f) {
   const TacticConstants& c = constants_of(f.elements);
-  // How many experts are hit if every row draws one at random.
-  const double rows = f.expected_rows(), hit = f.num_experts * (1 - std::exp(-rows / f.num_experts));
+  const double rows = f.expected_rows(), hit = expected_hit(rows, f.num_experts);
   const auto tiles = [&](int64_t weight_rows, int64_t tile_rows) { return hit * double(tiles_of(weight_rows, tile_rows)); };
   const auto rows_an_expert_up_to = [&](double most) { return rows <= most * f.num_experts; };
   const int64_t gemm1_rows = 2 * f.intermediate_size, gemm2_rows = f.hidden_size;
   // Split where tiles of 256 weight rows are too few to keep the memory busy and an expert has few tokens.
   if (f.may_split() && rows_an_expert_up_to(c.split_rows) && std::min(tiles(gemm1_rows, 256), tiles(gemm2_rows, 256)) < c.split_rounds * f.num_sms) {
     if (!is_packed(f.elements) && tiles(gemm1_rows, 128) < c.split32_rounds * f.num_sms) return Tiles::split32;
-    return tiles(gemm1_rows, 128) < c.split64_rounds * f.num_sms ? Tiles::split64 : Tiles::split128;
+    if (tiles(gemm1_rows, 128) < c.split64_rounds * f.num_sms) return Tiles::split64;
+    const auto rounds = [&](int64_t tile_rows) { return std::ceil(2 * tiles(f.intermediate_size, tile_rows) / f.num_sms); };  // of GEMM1
+    return f.elements == Elements::packed && c.split256_cost * rounds(256) < rounds(128) ? Tiles::split256 : Tiles::split128;
   }
   // Two thread blocks an SM hide the latency of unpacking, but each takes longer, so that a last round of few tiles costs more.
   const auto rounds = [&](int32_t thread_blocks) { return std::ceil(tiles(gemm1_rows, 256) / thread_blocks); };

@@ -4,7 +4,7 @@
 
 namespace moe::sm90 {
 
-constexpr double kAlways = std::numeric_limits<double>::infinity();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Where choose_tactic changes its mind. "Tiles an SM" are those of the experts that are likely to be hit.
 struct TacticConstants {
@@ -12,6 +12,7 @@ struct TacticConstants {
   double split_rounds;        // and if the GEMM with fewer tiles of 256 rows has fewer than this many an SM;
   double split64_rounds;      // of 64 rows if GEMM1 has fewer than this many tiles of 128 rows an SM
   double split32_rounds;      // not packed: of 32 rows in GEMM1 if it has fewer than this many such tiles
+  double split256_cost;       // packed: of 256 rows if a round of those, at this cost of one of 128 rows, saves rounds of GEMM1;
   double gated32_rows;        // packed: gated32 up to this many rows an expert,
   double gated32_cost;        // and if a round of two thread blocks an SM, at this cost of one, saves rounds
   double gated64_rows;        // gated64 up to this many rows an expert
@@ -21,16 +22,16 @@ struct TacticConstants {
 };
 
 constexpr TacticConstants kBits16Tactics = {
-    .split_rows = 1.5, .split_rounds = 2, .split64_rounds = 4, .split32_rounds = 0.25, .gated32_rows = 0, .gated32_cost = 0,
+    .split_rows = 1.5, .split_rounds = 2, .split64_rounds = 4, .split32_rounds = 0.25, .split256_cost = 0, .gated32_rows = 0, .gated32_cost = 0,
     .gated64_rows = 12, .gathered_row_tiles = 8, .alone_rounds = 12, .alone_k_blocks = 96};
 constexpr TacticConstants kFloat8Tactics = {
-    .split_rows = 1.5, .split_rounds = 2, .split64_rounds = 0.4, .split32_rounds = 0.25, .gated32_rows = 0, .gated32_cost = 0,
+    .split_rows = 1.5, .split_rounds = 2, .split64_rounds = 0.4, .split32_rounds = 0.25, .split256_cost = 0, .gated32_rows = 0, .gated32_cost = 0,
     .gated64_rows = 48, .gathered_row_tiles = 4, .alone_rounds = 0, .alone_k_blocks = 32};
 constexpr TacticConstants kPackedTactics = {
-    .split_rows = 2, .split_rounds = 1.5, .split64_rounds = 0.4, .split32_rounds = 0, .gated32_rows = 12, .gated32_cost = 1.6,
-    .gated64_rows = 48, .gathered_row_tiles = 4, .alone_rounds = 4, .alone_k_blocks = 32};
+    .split_rows = 2, .split_rounds = 1.5, .split64_rounds = 0.4, .split32_rounds = 0, .split256_cost = 1.7, .gated32_rows = 12, .gated32_cost = 1.6,
+    .gated64_rows = 80, .gathered_row_tiles = 4, .alone_rounds = 1, .alone_k_blocks = 32};
 constexpr TacticConstants kPackedFloat8Tactics = {
-    .split_rows = 3, .split_rounds = 0.5, .split64_rounds = 0.4, .split32_rounds = 0, .gated32_rows = 0, .gated32_cost = 0,
+    .split_rows = 3, .split_rounds = 0.5, .split64_rounds = 0.4, .split32_rounds = 0, .split256_cost = 0, .gated32_rows = 0, .gated32_cost = 0,
     .gated64_rows = 48, .gathered_row_tiles = 4, .alone_rounds = 0, .alone_k_blocks = 32};
 
 }  // namespace moe::sm90

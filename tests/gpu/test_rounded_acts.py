@@ -19,7 +19,7 @@ from torch_moe_ops.packed_weights import ROUNDED_ACTS
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 PRODUCTS = [f"{format} x {act_format}" for format, acts in ROUNDED_ACTS.items() for act_format in acts]
-TACTICS = ("split64", "split128", "gated32", "gated64", "gated32+gemm2", "gated64+gemm2")
+TACTICS = ("split64", "split128", "split256", "gated32", "gated64", "gated32+gemm2", "gated64+gemm2")
 NUM_EXPERTS, TOP_K = LAYER["num_experts"], LAYER["top_k"]
 OPTIONS = {
     "plain": {},
@@ -100,7 +100,7 @@ def test_bits_of_the_stages(product: str, num_tokens: int, options: str) -> None
     call = layer(product, num_tokens, **OPTIONS[options])
     expected = by_stages(call)
     assert expected.isfinite().all() and expected.any()
-    for tactic in TACTICS[2 * (num_tokens * TOP_K > 384) :]:
+    for tactic in TACTICS[3 * (num_tokens * TOP_K > 384) :]:
         assert torch.equal(with_tactic(call, tactic), expected), tactic
 
 
@@ -117,7 +117,7 @@ def test_global_scales_of_activations(num_tokens: int, count: int) -> None:
     }
     call = layer("nvfp4 x nvfp4", num_tokens, **scales)
     expected = by_stages(call)
-    for tactic in TACTICS[2 * (num_tokens * TOP_K > 384) :]:
+    for tactic in TACTICS[3 * (num_tokens * TOP_K > 384) :]:
         assert torch.equal(with_tactic(call, tactic), expected), tactic
 
 
@@ -145,7 +145,7 @@ def test_channels_that_end_inside_a_tile(product: str, num_tokens: int, intermed
     """A tile of GEMM1 has 128 channels; what lies past the last one must not reach a scale."""
     call = layer(product, num_tokens, intermediate_size=intermediate_size)
     expected = by_stages(call)
-    for tactic in TACTICS[2 * (num_tokens * TOP_K > 384) :]:
+    for tactic in TACTICS[3 * (num_tokens * TOP_K > 384) :]:
         assert torch.equal(with_tactic(call, tactic), expected), tactic
 
 

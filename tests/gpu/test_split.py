@@ -8,13 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 import tune
-from gpu_layers import DEVICE, LAYER, W4A8, layer, needs_packing, with_ids, with_tactic
+from gpu_layers import DEVICE, LAYER, W4A8, layer, needs_packing, product_of, split_tiles, with_ids, with_tactic
 from moe_cases import Call
 
-from torch_moe_ops.packed_weights import is_packed
-
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-SPLIT = ("split32", "split64", "split128")
 FUSED_MOE = torch.ops.moe.fused_moe_with_tactic
 MOST_SLOTS = tune.MAX_SPLIT_SLOTS
 NUM_EXPERTS, TOP_K = LAYER["num_experts"], LAYER["top_k"]
@@ -22,7 +19,7 @@ NUM_EXPERTS, TOP_K = LAYER["num_experts"], LAYER["top_k"]
 
 def compare(call: Call) -> torch.Tensor:
     expected = with_tactic(call, "gated64")
-    for tactic in SPLIT[is_packed(call.args[1]) :]:  # split32 is for the others
+    for tactic in split_tiles(product_of(call)):
         output = with_tactic(call, tactic)
         assert torch.equal(output.nan_to_num(), expected.nan_to_num()), tactic
         assert torch.equal(output.isnan(), expected.isnan()), tactic
@@ -43,7 +40,7 @@ def routing(name: str, num_tokens: int) -> torch.Tensor:
     }[name]
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5, MOST_SLOTS // TOP_K])
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, MOST_SLOTS // TOP_K])
 @pytest.mark.parametrize(
     "name",
     [
@@ -154,7 +151,7 @@ def test_thread_blocks_that_start_late(sm90_product: str, others: str) -> None:
     thread block at a time, or by layers that wait in the same way."""
     call = layer(sm90_product, 1, hidden_size=2048, intermediate_size=1024, num_experts=64)
     other = layer(sm90_product, 1 if others == "their like" else 600, hidden_size=2048, intermediate_size=1024)
-    tactics = SPLIT[is_packed(call.args[1]) :]
+    tactics = split_tiles(product_of(call))
     expected = with_tactic(call, "gated64")
     streams = [torch.cuda.Stream() for _ in range(2)]
     for stream in streams:
@@ -176,7 +173,7 @@ def test_many_calls_give_the_same_bits(sm90_product: str) -> None:
     loads from shared memory that this holds up."""
     call = layer(sm90_product, 8, hidden_size=5120, intermediate_size=12288, num_experts=6, top_k=3)
     expected = with_tactic(call, "gated64")
-    for tactic in SPLIT[is_packed(call.args[1]) :]:
+    for tactic in split_tiles(product_of(call)):
         outputs = [with_tactic(call, tactic)]
         outputs += [call(lambda *args, **options: FUSED_MOE(tactic, *args, **options)) for _ in range(400)]  # noqa: B023
         different = sum(not torch.equal(output, expected) for output in outputs)

@@ -6,10 +6,9 @@ import re
 
 import pytest
 import torch
-from gpu_layers import BF16_LAYOUT, DEVICE, ROUNDED, W4A8, layer, overload, with_ids, with_tactic
+from gpu_layers import BF16_LAYOUT, DEVICE, ROUNDED, W4A8, layer, overload, split_tiles, with_ids, with_tactic
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-SPLIT = ("split32", "split64", "split128")
 GATED = ("gated64", "gated128", "gathered128")
 
 # Rows an expert has: on both sides of where tiles change their kind (narrow, half-wide, wide), and more than a tile.
@@ -17,9 +16,8 @@ ROWS = (0, 1, 16, 17, 32, 33, 40, 63, 64, 65, 100, 127, 128, 129, 161, 192, 193)
 
 
 def possible_tiles(product: str, split: bool = True) -> tuple[str, ...]:
-    packed = product in (W4A8, *BF16_LAYOUT)
     gated = GATED[:1] if product in (W4A8, *ROUNDED) else GATED
-    return (*(SPLIT[packed:] if split else ()), *(("gated32",) if product in BF16_LAYOUT else ()), *gated)
+    return (*(split_tiles(product) if split else ()), *(("gated32",) if product in BF16_LAYOUT else ()), *gated)
 
 
 @pytest.mark.parametrize(
