@@ -52,6 +52,16 @@ def split_tiles(product: str) -> tuple[str, ...]:
     return ("split64", "split128") if product == W4A8 else ("split32", "split64", "split128")
 
 
+def possible_tiles(product: str, split: bool = True) -> tuple[str, ...]:
+    gated = ("gated64",) if product in (W4A8, *ROUNDED) else ("gated64", "gated128", "gathered128")
+    return (*(split_tiles(product) if split else ()), *(("gated32",) if product in BF16_LAYOUT else ()), *gated)
+
+
+def possible_tactics(product: str, split: bool = True) -> tuple[str, ...]:
+    tiles = possible_tiles(product, split)
+    return (*tiles, *(f"{name}+gemm2" for name in tiles if not name.startswith("split")))
+
+
 def layer(product: str, num_tokens: int, **changes: object) -> Call:
     call = make_moe(num_tokens=num_tokens, device=DEVICE, **{**formats_of(product), **LAYER, **changes})
     return packed(call) if needs_packing(product) else call

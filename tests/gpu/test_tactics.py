@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
-from gpu_layers import BF16_LAYOUT, DEVICE, ROUNDED, W4A8, layer, overload, split_tiles, with_ids, with_tactic
+from gpu_layers import (
+    BF16_LAYOUT,
+    DEVICE,
+    ROUNDED,
+    W4A8,
+    layer,
+    overload,
+    possible_tactics,
+    possible_tiles,
+    with_ids,
+    with_tactic,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-GATED = ("gated64", "gated128", "gathered128")
 
 # Rows an expert has: on both sides of where tiles change their kind (narrow, half-wide, wide), and more than a tile.
 ROWS = (0, 1, 16, 17, 32, 33, 40, 63, 64, 65, 100, 127, 128, 129, 161, 192, 193)
-
-
-def possible_tiles(product: str, split: bool = True) -> tuple[str, ...]:
-    gated = GATED[:1] if product in (W4A8, *ROUNDED) else GATED
-    return (*(split_tiles(product) if split else ()), *(("gated32",) if product in BF16_LAYOUT else ()), *gated)
 
 
 @pytest.mark.parametrize(
@@ -34,9 +40,8 @@ def test_tiles_of_every_height(sm90_product: str, options: dict[str, object]) ->
     call = with_ids(call, ids[order, None])
     expected = with_tactic(call, "gated64")
     assert expected.isfinite().all()
-    for name in possible_tiles(sm90_product, split=False):
-        for tactic in (name, f"{name}+gemm2"):
-            assert torch.equal(with_tactic(call, tactic), expected), tactic
+    for tactic in possible_tactics(sm90_product, split=False):
+        assert torch.equal(with_tactic(call, tactic), expected), tactic
 
 
 def test_short_tiles_that_are_drawn_together(sm90_product: str) -> None:
@@ -52,10 +57,30 @@ def test_short_tiles_that_are_drawn_together(sm90_product: str) -> None:
 def test_the_same_bits(sm90_product: str, num_tokens: int) -> None:
     call = layer(sm90_product, num_tokens)
     expected = call(overload("cutlass_sm90"))
-    tiles = possible_tiles(sm90_product, split=num_tokens < 700)  # more are too many slots
-    alone = [f"{name}+gemm2" for name in tiles if not name.startswith("split")]
-    for tactic in ("", *tiles, *alone):
+    for tactic in ("", *possible_tactics(sm90_product, split=num_tokens < 700)):  # more are too many slots
         assert torch.equal(with_tactic(call, tactic), expected), tactic
+
+
+@pytest.mark.parametrize("num_tokens", [3, 70, 230])
+def test_small_layers(sm90_product: str, num_tokens: int) -> None:
+    """Small enough for compute-sanitizer, with a K by which every stage of the pipeline is used again."""
+    call = layer(sm90_product, num_tokens, hidden_size=1536, intermediate_size=512, num_experts=4, top_k=2)
+    expected = with_tactic(call, "gated64")
+    assert expected.isfinite().all()
+    for tactic in possible_tactics(sm90_product, split=num_tokens < 192):
+        assert torch.equal(with_tactic(call, tactic), expected), tactic
+
+
+def test_many_calls_give_the_same_bits(sm90_product: str) -> None:
+    """GEMM2's K is long, and loading its tokens keeps the memory pipeline busy: what refills a stage may not overtake
+    loads from shared memory that this holds up."""
+    call = layer(sm90_product, 8, hidden_size=5120, intermediate_size=12288, num_experts=6, top_k=3)
+    expected = with_tactic(call, "gated64")
+    for tactic in possible_tactics(sm90_product):
+        outputs = [with_tactic(call, tactic)]
+        outputs += [call(partial(torch.ops.moe.fused_moe_with_tactic, tactic)) for _ in range(400)]
+        different = sum(not torch.equal(output, expected) for output in outputs)
+        assert different == 0, f"{tactic}: {different} of {len(outputs)}"
 
 
 @pytest.mark.parametrize("tactic", ["split64+gemm2", "gated256", "gated32"])
