@@ -183,7 +183,8 @@ struct NarrowEpilogue {
     };
 #pragma unroll
     for (int i = 0; i < kWave; i += i % 2 == 0 ? 1 : 3) {  // both values of a token pair, first row
-      float m = wave_row < channels ? fmaxf(fabsf(total[i]), fabsf(total[i + 2])) : 0.f;
+      float m = 0.f;  // fmaxf ignores NaN, as the contract says
+      if (wave_row < channels) m = fmaxf(fmaxf(m, fabsf(total[i])), fabsf(total[i + 2]));
       for (int d = 4; d < 32; d *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, d));
       if (kWarps == 1) round(i, m);
       else if (lane < 4) amax[threadIdx.x / 32 * kTokens + token_of(i, lane)] = m;

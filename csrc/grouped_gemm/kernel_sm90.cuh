@@ -346,6 +346,8 @@ __device__ __forceinline__ void wait_full(const Smem<C>& smem, const PipelineSta
 }
 
 // Done with a stage's operands. Every lane says so itself: racecheck does not follow `__syncwarp()` and one lane's arrival, and that is no faster.
+// What was read by ordinary loads must have been used, or be fenced from TMA: an arrival does not wait for loads in flight (multiply_packed_few()).
+// Only ordinary stores, which refill the scales and split tokens, come after them in any case.
 template <class C>
 __device__ __forceinline__ void release(const Smem<C>& smem, int stage) {
   smem.empty[stage].arrive();

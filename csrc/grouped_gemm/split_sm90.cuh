@@ -113,7 +113,9 @@ struct SplitTokens {
   __device__ __forceinline__ float store(int step, int row, const float (&y)[4]) const {
     const uint32_t tokens = smem.tokens + step * (C::kTokenBytes / C::kTokenSteps);
     if constexpr (C::kFloat8) {
-      const float mine = fmaxf(fmaxf(fabsf(y[0]), fabsf(y[1])), fmaxf(fabsf(y[2]), fabsf(y[3])));  // fmaxf ignores NaN, as the contract says
+      float mine = 0.f;  // fmaxf ignores NaN, as the contract says
+#pragma unroll
+      for (float value : y) mine = fmaxf(mine, fabsf(value));
       const float amax = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(mine)));
       const float scale = fp8_block_scale(amax), inverse = __frcp_rn(scale);
       auto pair = [&](float a, float b) {

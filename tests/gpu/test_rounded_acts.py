@@ -163,3 +163,17 @@ def test_absent_slots_zeros_and_large_numbers(product: str) -> None:
         output = with_tactic(call, tactic)
         assert torch.equal(output.nan_to_num(), expected.nan_to_num()), tactic
     assert not expected[3].any() and not expected[7].any()
+
+
+@pytest.mark.parametrize("channels", [3, 16, 128])
+def test_channels_that_are_nan(product: str, channels: int) -> None:
+    """Scales ignore NaN, also where a whole block of channels has nothing else."""
+    call = layer(product, 33, bias=True)
+    bias = call.options["w13_bias"].clone()
+    bias[5, :channels] = float("nan")
+    call = call.but(w13_bias=bias)
+    expected = by_stages(call)
+    for tactic in TACTICS:
+        output = with_tactic(call, tactic)
+        assert torch.equal(output.isnan(), expected.isnan()), tactic
+        assert torch.equal(output.nan_to_num(), expected.nan_to_num()), tactic
