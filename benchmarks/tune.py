@@ -365,18 +365,28 @@ def report(elements: str, points: Sequence[Timed], current: Constants, fitted: C
 def read_points(path: Path) -> dict[str, list[Timed]]:
     """By elements, in the order of the file."""
     header, lines = read_results(path)
-    if "num_sms" not in header or not lines or not all("tactic" in line for line in lines):
+    if (
+        type(header.get("num_sms")) is not int
+        or header["num_sms"] < 1
+        or not lines
+        or not all("tactic" in line for line in lines)
+    ):
         raise _run.Refused(f"fit: {path}: expected a file of `tune.py measure`, got another one")
     points: dict[str, dict[str, Timed]] = {elements: {} for elements in ELEMENTS}
+    counts = ("num_experts", "hidden_size", "intermediate_size", "top_k", "tokens")
     for line in lines:
-        sizes = [line[name] for name in ("num_experts", "hidden_size", "intermediate_size")]
+        us = line.get("us")
+        known = line.get("format") in FORMATS and all(type(line.get(name)) is int for name in counts)
+        if not known or not isinstance(us, int | float) or us <= 0:
+            raise _run.Refused(f"fit: {path}: expected a time of a layer's tactic, got {line}")
+        sizes = [line[name] for name in counts[:3]]
         elements = FORMATS[line["format"]]
         for name, case in CASES.items():
             if case == (*sizes, line["top_k"]):
                 raise SystemExit(f"tune: fit: {path}: expected layers made up for it, got the benchmark's {name}")
         facts = Facts(elements, line["tokens"] * line["top_k"], *sizes, header["num_sms"])
         what = f"{line['format']} E{sizes[0]} H{sizes[1]} I{sizes[2]} top{line['top_k']}, {line['tokens']} tokens"
-        points[elements].setdefault(what, Timed(what, facts, {})).us[line["tactic"]] = line["us"]
+        points[elements].setdefault(what, Timed(what, facts, {})).us[line["tactic"]] = us
     return {elements: list(timed.values()) for elements, timed in points.items()}
 
 

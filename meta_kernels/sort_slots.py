@@ -7,13 +7,15 @@ from torch import Tensor
 from ._check import INT32, expect_range, expect_sizes
 from ._sizes import max_rows
 
+MOST_ALIGNMENT = 1 << 20
+
 
 def check(topk_ids: Tensor, num_experts: int, *, expert_map: Tensor | None = None, alignment: int = 1) -> None:
     expect_sizes("sort_slots", "topk_ids", topk_ids, INT32, ("T", "K"))
     expect_range("sort_slots", "num_experts", num_experts, 1)
     if expert_map is not None:
         expect_sizes("sort_slots", "expert_map", expert_map, INT32, ("Eg",), topk_ids.device)
-    expect_range("sort_slots", "alignment", alignment, 1)
+    expect_range("sort_slots", "alignment", alignment, 1, MOST_ALIGNMENT)
 
 
 def fake(

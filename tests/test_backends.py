@@ -373,3 +373,16 @@ def test_other_devices_have_the_reference_by_name() -> None:
         explanation = moe.explain(device=device)
         assert explanation.problem.built == {"reference"}
         assert "called by name" in explanation.verdicts[-1].reason
+
+
+def test_backends_called_by_name_check_inside_a_custom_op() -> None:
+    """Its body runs below autograd, where the check of a call by name is."""
+
+    @torch.library.custom_op("moe_test::topk_by_name", mutates_args=())
+    def topk_by_name(logits: torch.Tensor) -> torch.Tensor:
+        return torch.ops.moe.topk.reference(logits, 2)[0]
+
+    logits = torch.randn(3, 8)
+    assert torch.equal(topk_by_name(logits), torch.ops.moe.topk(logits, 2)[0])
+    with pytest.raises(RuntimeError, match="^topk: router_logits: expected "):
+        topk_by_name(logits.double())

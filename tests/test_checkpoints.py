@@ -450,3 +450,22 @@ def test_experts_are_whole_numbers(tmp_path: Path) -> None:
     chosen = load_experts(tmp_path, PREFIX, experts=torch.tensor([2, 1]))
     assert chosen["expert_map"].tolist() == [-1, 1, 0, -1]
     assert refusal(tmp_path, experts=[0.0]) == "load_experts: experts: expected a sequence of whole numbers, got [0.0]"
+
+
+def test_global_scales_are_float32_whatever_torchs_default(tmp_path: Path) -> None:
+    save_file(written(modelopt_nvfp4), tmp_path / "model.safetensors")
+    expected = load_experts(tmp_path, PREFIX)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        experts = load_experts(tmp_path, PREFIX)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert experts.keys() == expected.keys()
+    assert experts["w13_global_scale"].dtype == torch.float32
+    assert torch.equal(experts["w13_global_scale"], expected["w13_global_scale"])
+
+
+def test_an_index_that_names_no_files(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": ["a"]}))
+    with pytest.raises(RuntimeError, match="expected JSON with a weight_map, got AttributeError: "):
+        load_experts(tmp_path, PREFIX)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
+import torch_moe_ops as moe
 from torch_moe_ops.cli import _layer, bench, demo, main
 from torch_moe_ops.cli.bench import compare, host, measure, results, stages
 
@@ -75,6 +76,11 @@ def test_what_a_user_can_mend_is_one_line(argv, sentence, capsys):
         ("[1]\n", "expected a result file, a JSON object a line, got list"),
         ("text\n", "expected JSON Lines, got Expecting value: "),
         ('{}\n{"us": 1}\n', "expected points with case, format and tokens, got one without 'case'"),
+        ('{}\n{"case": "a", "format": null, "tokens": 1}\n', "expected points with names and a number of tokens, got "),
+        (
+            '{}\n{"case": "a", "format": "b", "tokens": 1, "us": "2"}\n',
+            "expected points whose us is a positive number, ",
+        ),
     ],
 )
 def test_foreign_result_files_are_refused(text, got, capsys, tmp_path):
@@ -112,6 +118,21 @@ def test_explain_gives_a_reason_for_every_no(capsys):
 
 
 @CPU_ONLY
+def test_explain_takes_the_sizes_of_the_op_alone(capsys):
+    gemm = ("explain", "--op", "grouped_gemm", "--format", "fp8_block", "--sm", "90")
+    assert "K" in run(capsys, *gemm, "--n", "128", "--k", "100")[1]
+    status, _, err = run(capsys, *gemm, "--intermediate", "100")
+    assert (status, err) == (2, "explain: grouped_gemm: intermediate_size: expected None for grouped_gemm, got 100\n")
+
+
+@CPU_ONLY
+def test_explain_about_a_gpu_that_is_not_there():
+    with pytest.raises(
+        RuntimeError, match="^explain: device: expected cpu, or sm, where there is no CUDA GPU, got cuda$"
+    ):
+        moe.explain(device="cuda")
+
+
 def test_explain_without_a_gpu_is_about_the_cpu(capsys):
     status, out, _ = run(capsys, "explain", "--json")
     assert status == 0 and json.loads(out)["backend"] == "reference"

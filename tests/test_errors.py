@@ -104,7 +104,7 @@ def test_sort_slots() -> None:
 sort_slots: topk_ids: expected int32 [T, K] on cpu, got int64 [1, 2] on cpu
 sort_slots: num_experts: expected at least 1, got 0
 sort_slots: expert_map: expected int32 [Eg] on cpu, got int64 [1] on cpu
-sort_slots: alignment: expected at least 1, got 0""",
+sort_slots: alignment: expected 1 to 1048576, got 0""",
     )
 
 

@@ -396,3 +396,18 @@ def test_errors(message):
     with pytest.raises(RuntimeError) as error:
         ERRORS[message]()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "nvfp4"])
+def test_quantize_weight_makes_no_graph(name):
+    weight = torch.nn.Parameter(torch.randn(2, 128, 128))
+    assert not any(tensor is not None and tensor.requires_grad for tensor in formats.quantize_weight(weight, name))
+
+
+def test_int8_without_k():
+    values, scale, _ = formats.quantize_weight(torch.empty(2, 3, 0), "int8")
+    assert values.shape == (2, 3, 0) and scale.shape == (2, 3, 1)
+    x = torch.empty(3, 0, dtype=torch.bfloat16)
+    assert [t.shape for t in torch.ops.moe.quantize(x, "int8")] == [
+        t.shape for t in torch.ops.moe.quantize(x.to("meta"), "int8")
+    ]

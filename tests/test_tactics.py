@@ -269,3 +269,12 @@ def test_fit_takes_files_of_measure_alone(capsys, tmp_path) -> None:
     header.write_text("")
     assert tune.main(["fit", "--header", str(header), "--check"]) == 2
     assert capsys.readouterr().err == "tune: fit: --header: expected a table with kBits16Tactics, got none\n"
+
+
+@pytest.mark.parametrize("changes", [{"us": 0}, {"us": "1"}, {"format": "int3"}, {"tokens": None}], ids=str)
+def test_fit_refuses_lines_that_are_no_times(changes: dict[str, object], tmp_path) -> None:
+    line = {"format": "bf16", "num_experts": 8, "hidden_size": 2048, "intermediate_size": 8192, "top_k": 2, "tokens": 1}
+    with tune.ResultFile(tmp_path / "times.jsonl", {"num_sms": NUM_SMS}) as results:
+        results.write_record({**line, "tactic": "split64", "us": 1.0, **changes})
+    with pytest.raises(tune._run.Refused, match="expected a time of a layer's tactic, got "):
+        tune.read_points(tmp_path / "times.jsonl")

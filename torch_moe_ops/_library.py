@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -42,6 +43,20 @@ REMEMBERED_CALLS = 4096
 # runs them or, where the kernel refuses them, returns None. `default` asks it first: what it takes is what `select`
 # would give it, and the checks of a kernel cost the host less than reading the static facts from Python.
 OFFERS: dict[tuple[str, int], torch._ops.OpOverload] = {}
+
+
+# Whether what is called next on this thread has had its arguments checked.
+_CALL = threading.local()
+
+
+def _call_checked(overload: torch._ops.OpOverload, args: tuple, options: dict) -> object:
+    """Below autograd, where it does not check again."""
+    _CALL.checked = True
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args, **options)
+    finally:
+        _CALL.checked = False
 
 
 def _module(layer: str, op: str) -> ModuleType:
@@ -106,8 +121,7 @@ def _register_default(op: str) -> None:
         if offer is not None and (output := offer(*args, **options)) is not None:
             return output
         overload = choose(tuple(map(static_facts, args)), tuple(options), tuple(map(static_facts, options.values())))
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args, **options)
+        return _call_checked(overload, args, options)
 
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(op, default, key)
@@ -137,18 +151,19 @@ def _register_backend(op: str, backend: str) -> None:
         device = args[0].device
         if backend not in built_backends(op, device.type):
             refuse(op, "backend", f"one with a kernel for {device.type} tensors", backend)
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args, **options)
+        return _call_checked(overload, args, options)
 
     LIBRARY.impl(f"{op}.{backend}", checked, "Autograd")
 
 
 def _register_python_kernel(op: str, backend: str, kernel: Callable, key: str) -> None:
-    """`kernel` for one dispatch key. In inference mode, and tensors made there, pass autograd by: checked here."""
+    """`kernel` for one dispatch key. Inference mode, tensors made there and the bodies of custom ops pass autograd by,
+    and what checks there: checked here."""
     check = _module("meta_kernels", op).check
 
     def checked_kernel(*args, **options):
-        if torch.is_inference_mode_enabled() or args[0].is_inference():
+        checked, _CALL.checked = getattr(_CALL, "checked", False), False  # not what the kernel itself calls
+        if not checked:
             check(*args, **options)
         return kernel(*args, **options)
 

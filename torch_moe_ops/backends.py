@@ -371,6 +371,10 @@ def explain(
             pack = max(fmt.pack for fmt in formats)
             if size is not None and size % pack:
                 refuse(op, name, f"a multiple of {pack} for {format}", size)
+    others = dict(n=n, k=k) if op == "fused_moe" else dict(hidden_size=hidden_size, intermediate_size=intermediate_size)
+    for name, size in others.items():
+        if op in GEMM_OPS and size is not None:
+            refuse(op, name, f"None for {op}", size)
     if packed and format not in PACKABLE:
         refuse(op, "packed", f"False for {format}", packed)
     expect_range(op, "b_parts", b_parts, 1)
@@ -382,6 +386,8 @@ def explain(
     if device is None:
         device = "cuda" if sm is not None or torch.cuda.is_available() else "cpu"
     device = torch.device(device)
+    if device.type == "cuda" and sm is None and not torch.cuda.is_available():
+        refuse("explain", "device", "cpu, or sm, where there is no CUDA GPU", device)
     sm = compute_capability(device) if sm is None else sm
     built = built_backends(op, device.type)
     facts = (format, act_format, activation, gemms, num_experts, top_k, out_dtype, bias_dtype)

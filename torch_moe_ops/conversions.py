@@ -32,6 +32,7 @@ class ConvertedWeight(NamedTuple):
     error: Tensor
 
 
+@torch.no_grad()
 def convert_weight(
     weight: Tensor,
     weight_scale: Tensor | None,

@@ -151,6 +151,7 @@ def get_format(op: str, name: str) -> Format:
     return FORMATS[name]
 
 
+@torch.no_grad()
 def quantize_weight(
     weight: Tensor, format: str | Format, *, parts: int = 1, global_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -190,6 +191,7 @@ def quantize_weight(
     return values, scale, global_scale
 
 
+@torch.no_grad()
 def compute_global_scale(x: Tensor, *, parts: int = 1) -> Tensor:
     """nvfp4's global scale for x [..., rows, k], float32 [..., parts]: amax / (6 * 448), and 1 where x is all zero.
 
@@ -290,7 +292,7 @@ def _to_blocks(x: Tensor, block: Block, parts: int) -> Tensor:
         raise RuntimeError(f"quantize: parts: expected a divisor of {rows} rows, got {parts}")
     part_rows = rows // parts
     block_rows, block_k = block[0] or part_rows, block[1] or max(k, 1)
-    row_blocks, k_blocks = ceil_div(part_rows, block_rows), ceil_div(k, block_k)
+    row_blocks, k_blocks = ceil_div(part_rows, block_rows), 1 if block[1] is None else ceil_div(k, block_k)
     x = x.unflatten(-2, (parts, part_rows))
     ragged_k, ragged_rows = k_blocks * block_k - k, row_blocks * block_rows - part_rows
     if ragged_k or ragged_rows:

@@ -123,14 +123,14 @@ def _row_of_places(expert_offsets: Tensor, rows: int) -> Tensor:
     first = _first_places(expert_offsets)
     atom_rows = packed_shape("atom", rows, 0, num_experts)[0]
     places = torch.arange(atom_rows * ATOM_ROWS, device=expert_offsets.device)
-    expert = torch.searchsorted(first, places, right=True) - 1
+    expert = (torch.searchsorted(first, places, right=True) - 1).clamp(min=0)
     row = expert_offsets[expert] + places - first[expert]
-    return torch.where(row < expert_offsets[expert + 1], row, rows)
+    return torch.where((row >= expert_offsets[expert]) & (row < expert_offsets[expert + 1]), row, rows)
 
 
 def _place_of_rows(expert_offsets: Tensor, rows: int) -> Tensor:
-    """The packed row of each row, int64 [rows]; rows past the end count as the last expert's."""
+    """The packed row of each row, int64 [rows]; any place for rows of no expert."""
     row = torch.arange(rows, device=expert_offsets.device)
     expert = torch.searchsorted(expert_offsets.long(), row, right=True) - 1
-    expert = expert.clamp(max=len(expert_offsets) - 2)
-    return _first_places(expert_offsets)[expert] + row - expert_offsets[expert]
+    expert = expert.clamp(min=0, max=len(expert_offsets) - 2)
+    return (_first_places(expert_offsets)[expert] + row - expert_offsets[expert]).clamp(min=0)

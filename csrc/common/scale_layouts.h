@@ -73,7 +73,7 @@ __host__ __device__ inline int64_t expert_row_at(const ScaleArgs& args, int64_t 
   }
   const int64_t begin = args.expert_offsets[low];
   const int64_t row = begin + row_at(ScaleLayout::atom, place) - first_atom_row(begin, low) * kAtomRows;
-  return row < args.expert_offsets[low + 1] ? row : args.rows;
+  return row >= begin && row < args.expert_offsets[low + 1] ? row : args.rows;
 }
 
 // Moves word `word` of line `line`, which counts the places of all matrices; nothing past their ends. Packing writes

@@ -43,11 +43,12 @@ constexpr int kMixedAlignment = 128;
 
 // What all of them ask of their arguments, as one sentence; nullptr when all holds.
 inline const char* block_scaled_why_not(const BlockScaledArgs& args) {
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  const auto aligned = [](const void* pointer, int bytes = 16) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
   if (args.out_dtype == DType::float16) return "this kernel writes bfloat16 or float32";
   if (args.bias && args.bias_dtype != DType::bfloat16) return "this kernel adds a bfloat16 bias";
   if (args.k % (16 * pack(args.format)) != 0) return "k must be a multiple of 16 bytes";
   if (args.act_format != args.format && args.k % kMixedAlignment != 0) return "k must be a multiple of 128 where formats differ";
+  if (args.act_format != args.format && !aligned(args.b, 32)) return "b must start at a multiple of 32 bytes where formats differ";
   if (args.n % 8 != 0) return "n must be a multiple of 8";
   if (!aligned(args.a) || !aligned(args.b) || !aligned(args.out)) return "a, b and out must start at multiples of 16 bytes";
   if (!aligned(args.b_scale_atoms)) return "the atoms of b_scale must start at a multiple of 16 bytes";

@@ -119,6 +119,8 @@ Tensor block_scaled_with(const BlockScaledLauncher& launcher, const Tensor& a, c
   expect_values("b", b, format, {"E", "N", "K"}, a);
   const int64_t num_experts = b.size(0), n = b.size(1), k = b.size(2) * pack(format), columns = scale_columns(format, k);
   expect_values("a", a, act_format, {"P", k / pack(act_format)}, a);
+  MOE_EXPECT(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float, kOp, "out_dtype",
+             "one of bfloat16, float16, float32", dtype_name(dtype));
   MOE_EXPECT(b_parts >= 1 && n % b_parts == 0, kOp, "b", "a multiple of " << b_parts << " rows per expert", n);
   expect_tensor(kOp, "expert_offsets", expert_offsets, {ScalarType::Int}, {num_experts + 1}, a);
   expect_tensor(kOp, "expert_rows", expert_rows, {ScalarType::Int}, {num_experts}, a);

@@ -23,8 +23,8 @@ from .support import act_formats, supported
 
 # What the configurations of different models call the same thing, the name to prefer first.
 NAMES = {
-    "num_experts": ("num_experts", "n_routed_experts", "num_local_experts"),
-    "top_k": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "experts_per_token"),
+    "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
+    "top_k": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "experts_per_token"),
     "intermediate_size": ("moe_intermediate_size", "intermediate_size"),
     "hidden_size": ("hidden_size",),
 }
@@ -53,8 +53,8 @@ def read_config(config: dict, tp: int = 1, ep: int = 1, dtype: str = "auto") -> 
         alias = next((alias for alias in aliases if config.get(alias)), None)
         if alias is None:
             raise ValueError(f"config.json has no {' or '.join(aliases)}: this is no model with experts that we know")
-        if not isinstance(config[alias], int):
-            raise ValueError(f"config.json: {alias}: expected a whole number, got {config[alias]!r}")
+        if type(config[alias]) is not int or config[alias] < 1:
+            raise ValueError(f"config.json: {alias}: expected a positive whole number, got {config[alias]!r}")
         found[name] = config[alias]
     if tp % ep or found["num_experts"] % ep or found["intermediate_size"] % (tp // ep):
         raise ValueError(f"--tp {tp} --ep {ep} does not divide {found}")
@@ -62,7 +62,8 @@ def read_config(config: dict, tp: int = 1, ep: int = 1, dtype: str = "auto") -> 
     found["intermediate_size"] //= tp // ep
     experts = ExpertsOfRank(format=read_format(config, dtype), **found)
     if experts.format == "fp8_block" and has_blocks(config) and experts.intermediate_size % 128:
-        raise ValueError(f"128x128 blocks do not fit {experts.intermediate_size} columns on a rank: use --ep {tp}")
+        hint = f": use --ep {tp}" if tp > ep else ""
+        raise ValueError(f"128x128 blocks do not fit {experts.intermediate_size} columns on a rank{hint}")
     return experts
 
 
@@ -81,13 +82,18 @@ def has_blocks(config: dict) -> bool:
     return quantisation.get("weight_block_size") is not None or "block" in strategies
 
 
+def hidden_format(config: dict, dtype: str = "auto") -> str:
+    """Of the hidden states, and of experts that are not quantised."""
+    dtype = dtype if dtype != "auto" else str(config.get("dtype") or config.get("torch_dtype"))
+    if dtype not in DTYPES:
+        raise ValueError(f"expected {supported()}, got {dtype}")
+    return DTYPES[dtype]
+
+
 def read_format(config: dict, dtype: str = "auto") -> str:
     quantisation = config.get("quantization_config") or config.get("compression_config")
     if quantisation is None:
-        dtype = dtype if dtype != "auto" else str(config.get("dtype") or config.get("torch_dtype"))
-        if dtype not in DTYPES:
-            raise ValueError(f"expected {supported()}, got {dtype}")
-        return DTYPES[dtype]
+        return hidden_format(config, dtype)
     format, got = _quantised_format(quantisation)
     if format is None:
         raise ValueError(f"expected {supported()}, got {got}")
@@ -108,7 +114,14 @@ def _quantised_format(quantisation: dict) -> tuple[str | None, str]:
         weights, activations = group.get("weights") or {}, group.get("input_activations") or {}
         return _compressed_format(weights, activations), f"compressed-tensors with {weights} and {activations}"
     if method.startswith("modelopt"):
-        algorithm = quantisation.get("quant_algo") or quantisation.get("quantization", {}).get("quant_algo")
+        inner = quantisation.get("quantization") or quantisation
+        algorithm = quantisation.get("quant_algo") or inner.get("quant_algo")
+        if algorithm == "MIXED_PRECISION":
+            layers = (inner.get("quantized_layers") or {}).items()
+            algorithms = {layer.get("quant_algo") for name, layer in layers if ".experts" in name}
+            algorithm = (
+                algorithms.pop() if len(algorithms) == 1 else "MIXED_PRECISION, with experts in no or several formats"
+            )
         format = "fp8_block" if algorithm == "FP8" else "nvfp4" if "NVFP4" in str(algorithm) else None
         return format, f"ModelOpt's {algorithm}"
     return {"mxfp8": "mxfp8", "mxfp4": "mxfp4", "w8a8_int8": "int8"}.get(method), f"quant_method {method}"
@@ -132,15 +145,16 @@ def _compressed_format(weights: dict, activations: dict) -> str | None:
 def moe_layers(config: dict) -> list[int]:
     """The layers that have experts, as far as config.json tells."""
     config = text_config(config)
-    layers = range(config.get("first_k_dense_replace", 0), config.get("num_hidden_layers", 0))
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    layers = range(config.get("first_k_dense_replace") or 0, config.get("num_hidden_layers") or 0)
+    step = config.get("decoder_sparse_step") or config.get("interleave_moe_layer_step") or 1
+    dense = config.get("mlp_only_layers") or []
     return [i for i in layers if (i + 1) % step == 0 and i not in dense]
 
 
-def choose(experts: ExpertsOfRank, device: str | None = None) -> list[object]:
-    """What each kind of activations gives, up to the first that runs."""
+def choose(experts: ExpertsOfRank, hidden: str = "bf16", device: str | None = None) -> list[object]:
+    """What each kind of activations gives, up to the first that runs. `hidden`: the format of the hidden states."""
     facts = vars(experts) | {"device": device}
-    return explain_choices(facts.pop("format"), act_formats(experts.format), **facts)
+    return explain_choices(facts.pop("format"), act_formats(experts.format, hidden), **facts)
 
 
 def plugin_line() -> str:
@@ -185,11 +199,16 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError("--device: expected cpu where there is no CUDA GPU, got cuda")
         for flag in refused_flags(args):
             raise ValueError(f"expected {supported(args.device)}, got {flag}")
-        explanations = choose(experts, args.device)
+        text = text_config(config)
+        stated = args.dtype != "auto" or text.get("dtype") or text.get("torch_dtype")
+        explanations = choose(experts, hidden_format(text, args.dtype) if stated else "bf16", args.device)
+        layers = moe_layers(config)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"not supported: {error}")
         return 1
-    layers = moe_layers(config)
+    except (TypeError, AttributeError, ArithmeticError) as error:  # values of kinds that no configuration has
+        print(f"not supported: config.json: {type(error).__name__}: {error}")
+        return 1
     print(f"{len(layers)} layers with experts: {', '.join(map(str, layers))}" if layers else "no layer has experts")
     print(experts)
     print(*explanations, sep="\n")

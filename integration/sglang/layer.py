@@ -22,10 +22,12 @@ from torch_moe_ops.backends import Explanation, explain_choices
 from .methods import Stored, replace_buffer, replace_parameter, stored
 from .support import (
     DTYPE_FORMATS,
+    FORMAT_WORDS,
     Unsupported,
     activation_options,
     routed_scaling_factor,
     router_weight_options,
+    scales_are_shared_by_rows,
 )
 
 logger = logging.getLogger("sglang.srt.torch_moe_ops")  # below "sglang", whose level --log-level sets
@@ -42,6 +44,8 @@ class LayerRunner:
         exist already, but hold nothing yet."""
         self.stored = stored(method, layer)
         self.options = {**activation_options(config), **router_weight_options(config)}
+        if self.options.get("w13_layout") == "interleaved" and scales_are_shared_by_rows(self.stored.format):
+            raise Unsupported(f"{FORMAT_WORDS[self.stored.format]} experts with gate and up interleaved row by row")
         self.config = config
         self.explanation = choose_backend(self.stored, layer, self.options["activation"], config.top_k)
         self.options |= {"format": self.stored.format, "act_format": self.explanation.problem.act_format}
@@ -69,6 +73,9 @@ class LayerRunner:
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """What moe::fused_moe would refuse at the first request is refused here."""
         self.stored.prepare(layer)
+        acts = self.explanation.problem.act_format or self.stored.format
+        if acts == "nvfp4" and all(bool((getattr(layer, f"a{gemm}_global_scale") == 1).all()) for gemm in (13, 2)):
+            raise Unsupported("NVFP4 experts without input scales, which SGLang takes for 1, where they are needed")
         num_experts, num_router_experts = layer.w2_weight.shape[0], getattr(self.config, "num_experts", None) or 0
         if num_experts < num_router_experts:
             expert_map = moe.local_expert_map(num_experts, num_router_experts, layer.w2_weight.device)

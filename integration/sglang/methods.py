@@ -143,8 +143,11 @@ def invert_global_scales(layer: nn.Module) -> None:
 
 def replace_parameter(layer: nn.Module, name: str, value: torch.Tensor) -> None:
     """In the memory of the one before if it fits there: CUDA graphs outlive an update of the weights."""
-    if not overwrite(getattr(layer, name, None), value):
-        setattr(layer, name, nn.Parameter(value, requires_grad=False))
+    old = getattr(layer, name, None)
+    if not overwrite(old, value):
+        parameter = nn.Parameter(value, requires_grad=False)
+        parameter.__dict__.update(getattr(old, "__dict__", {}))  # weight_loader and the like
+        setattr(layer, name, parameter)
 
 
 def replace_buffer(layer: nn.Module, name: str, value: torch.Tensor) -> None:

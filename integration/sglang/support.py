@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from torch_moe_ops.backends import explain_choices
+from torch_moe_ops.formats import get_format
 
 NAME = "torch_moe"
 
@@ -77,6 +78,8 @@ def activation_options(config: object) -> dict[str, object]:
         if (alpha, beta, step_limit, limit) != (None,) * 4:
             raise Unsupported(f"the activation {name} with alpha {alpha}, beta {beta}, limit {step_limit or limit}")
         return {"activation": name}
+    if limit is not None and (alpha is not None or step_limit is not None):
+        raise Unsupported(f"swiglu_limit {limit} with gemm1_alpha {alpha} and gemm1_clamp_limit {step_limit}")
     if alpha is not None:
         beta = 1.0 if beta is None else beta
         layout = "interleaved" if config.gate_up_interleaved else "gate_up"
@@ -86,6 +89,12 @@ def activation_options(config: object) -> dict[str, object]:
     if step_limit is not None:
         return {"activation": "swiglustep", "limit": step_limit}
     return {"activation": name, "limit": limit}
+
+
+def scales_are_shared_by_rows(format: str) -> bool:
+    """Whether interleaved gate and up would share scales that were made for one of them."""
+    fmt = get_format("torch_moe", format)
+    return fmt.has_global_scale or (fmt.has_scale and fmt.weight_block[0] > 1)
 
 
 def router_weight_options(config: object) -> dict[str, object]:

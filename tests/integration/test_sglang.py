@@ -527,3 +527,33 @@ def test_the_entry_point_leads_to_the_plugin_and_imports_no_sglang() -> None:
     assert callable(getattr(import_module(module), function))
     code = f"import sys, {module}; assert 'sglang' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("changes", [{"gemm1_alpha": 1.702}, {"gemm1_clamp_limit": 7.0}], ids=str)
+def test_two_limits_are_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(support.Unsupported, match=r"got swiglu_limit 10\.0 with gemm1_alpha .* and gemm1_clamp_limit "):
+        support.activation_options(make_config(swiglu_limit=10.0, **changes))
+
+
+def test_scales_shared_by_interleaved_rows_are_refused() -> None:
+    layer = make_layer()
+    quantise(layer, "fp8_block", scale="weight_scale_inv")
+    with pytest.raises(support.Unsupported, match="got FP8 .* experts with gate and up interleaved row by row$"):
+        run(fp8_method(), layer, make_config(gemm1_alpha=1.702), make_dispatched())
+
+
+def test_invented_input_scales_are_refused() -> None:
+    """SGLang takes input scales that a checkpoint does not have for 1."""
+    layer = make_layer()
+    quantise(layer, "nvfp4", global_scale="weight_scale_2")
+    layer.w13_input_scale, layer.w2_input_scale = torch.ones(E, 2), torch.ones(E)
+    with pytest.raises(support.Unsupported, match="got NVFP4 experts without input scales, which SGLang takes for 1"):
+        run(NVFP4, layer, make_config(), make_dispatched())
+
+
+def test_parameters_that_are_replaced_keep_their_loader() -> None:
+    layer = nn.Module()
+    layer.scale = nn.Parameter(torch.ones(3))
+    layer.scale.weight_loader = loader = object()
+    methods.replace_parameter(layer, "scale", torch.ones(2, dtype=torch.bfloat16))
+    assert layer.scale.weight_loader is loader and layer.scale.dtype == torch.bfloat16

@@ -36,7 +36,8 @@ def test_check_reads_the_experts_of_a_rank() -> None:
     [
         ({**QWEN, "num_experts": None}, {}, "no num_experts or n_routed_experts"),
         (QWEN, {"tp": 2, "ep": 3}, "--tp 2 --ep 3 does not divide"),
-        (QWEN | {"hidden_size": "256"}, {}, "config.json: hidden_size: expected a whole number, got '256'"),
+        (QWEN | {"hidden_size": "256"}, {}, "config.json: hidden_size: expected a positive whole number, got '256'"),
+        (QWEN | {"num_experts": True}, {}, "config.json: num_experts: expected a positive whole number, got True"),
         ([QWEN], {}, "config.json: expected an object, got list"),
         (QWEN | FP8_CONFIG, {"tp": 4}, "128x128 blocks do not fit 64 columns on a rank: use --ep 4"),
         (QWEN | {"quantization_config": {"quant_method": "gptq"}}, {}, "got quant_method gptq"),
@@ -50,6 +51,11 @@ def test_check_says_why_not(config, ranks, sentence) -> None:
 
 def weights_of(bits: int, type: str, strategy: str, **more: object) -> dict:
     return {"num_bits": bits, "type": type, "strategy": strategy} | more
+
+
+def mixed_precision(*layers: tuple[str, str]) -> dict:
+    quantised = {f"model.layers.0.{name}": {"quant_algo": algorithm} for name, algorithm in layers}
+    return {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": quantised}}
 
 
 @pytest.mark.parametrize(
@@ -74,6 +80,8 @@ def weights_of(bits: int, type: str, strategy: str, **more: object) -> dict:
         ({"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8_block"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, None),
         ({"quant_method": "fp8", "weight_block_size": [64, 128]}, None),
+        (mixed_precision(("mlp.experts.0.w1", "NVFP4"), ("self_attn.q_proj", "FP8")), "nvfp4"),
+        (mixed_precision(("mlp.experts.0.w1", "NVFP4"), ("mlp.experts.1.w1", "FP8")), None),
     ],
 )
 def test_check_reads_the_format(quantisation, format) -> None:
@@ -90,6 +98,35 @@ def test_check_reads_the_format(quantisation, format) -> None:
 def test_check_reads_which_layers_have_experts() -> None:
     assert check.moe_layers(QWEN | {"first_k_dense_replace": 1}) == [1, 2, 3]
     assert check.moe_layers({"text_config": QWEN | {"decoder_sparse_step": 2, "mlp_only_layers": [3]}}) == [1]
+    assert check.moe_layers(QWEN | {"interleave_moe_layer_step": 2, "first_k_dense_replace": None}) == [1, 3]
+
+
+def test_check_reads_the_names_of_step() -> None:
+    names = {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_top_k"}
+    config = {names.get(name, name): value for name, value in QWEN.items()}
+    assert check.read_config(config) == check.read_config(QWEN)
+
+
+def test_check_knows_the_dtype_of_the_hidden_states() -> None:
+    experts = check.read_config(QWEN | {"quantization_config": {"quant_method": "mxfp4"}})
+    assert "fp16 activations" in str(check.choose(experts, "fp16", "cpu")[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantization_config": "fp8"},
+        {"quantization_config": {"quant_method": 5}},
+        {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": [1]}},
+        {"num_hidden_layers": "2"},
+        {"text_config": "x"},
+    ],
+    ids=str,
+)
+def test_what_no_configuration_holds_is_one_line(changes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN | changes))
+    assert adapter_main(["check", str(tmp_path), "--device", "cpu"]) == 1
+    assert "\nnot supported: config.json: " in capsys.readouterr().out
 
 
 def test_check_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,3 +220,24 @@ def test_workspace_bytes_counts_the_intermediates(format: str) -> None:
     # The last column of the two MN-major scales is counted with its padding, at most 3 float32.
     slack = 2 * 3 * 4 if format == "fp8_block" else 0
     assert stored <= moe.workspace_bytes(13, 160, 96, 5, 2, format) <= stored + slack
+
+
+@pytest.mark.parametrize("format", ["bf16", *QUANTISED])
+def test_autocast_changes_nothing(format: str) -> None:
+    call = make_moe(format)
+    expected = call(torch.ops.moe.fused_moe.reference)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(call(torch.ops.moe.fused_moe.reference), expected)
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_facts_name_the_bias_that_fewer_backends_add(dtypes: tuple[str, str]) -> None:
+    from torch_moe_ops.ops.fused_moe import facts
+
+    call = make_moe(bias=True)
+    biases = {
+        f"w{gemm}_bias": call.options[f"w{gemm}_bias"].to(getattr(torch, dtype))
+        for gemm, dtype in zip((13, 2), dtypes, strict=True)
+    }
+    assert facts(*call.args, **call.options | biases)["bias_dtype"] == torch.float32

@@ -186,3 +186,13 @@ def test_in_one_graph_for_any_number_of_rows() -> None:
             for got, expected in zip(compiled(x, offsets), layer(x, offsets), strict=True):
                 assert torch.equal(got.int(), expected.int()) and got.shape == expected.shape, rows
     assert len(compilations) <= 2
+
+
+def test_rows_before_the_first_expert_have_no_place() -> None:
+    offsets = torch.tensor([200, 300, 310], dtype=torch.int32)
+    scale = torch.randint(1, 255, (310, 4), dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    packed = moe.pack_scale(scale, "atom", expert_offsets=offsets)
+    unpacked = moe.unpack_scale(packed, "atom", 310, 4, scale.dtype, expert_offsets=offsets)
+    assert torch.equal(unpacked.view(torch.uint8)[200:], scale.view(torch.uint8)[200:])
+    used = packed.view(torch.uint8).flatten(1).any(1)
+    assert used.tolist() == [False, True, False, True]  # atoms begin anew with each expert

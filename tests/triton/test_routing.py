@@ -135,3 +135,13 @@ def test_groups_of_one_expert() -> None:
             for op in (ops.topk.triton, ops.topk.reference)
         )
         assert torch.equal(got, expected)
+
+
+def test_rows_that_do_not_exist_are_neither_written_nor_read():
+    x = torch.randn(3, 16)
+    slot_to_row = torch.tensor([[0, 1], [2, 5], [-1, 3]], dtype=torch.int32)
+    permuted, _ = ops.permute.triton(x.bfloat16(), slot_to_row, 3)
+    assert torch.equal(permuted, x.bfloat16()[[0, 0, 1]])
+    out = ops.finalize.triton(permuted, slot_to_row)
+
+    assert out[0].isfinite().all() and out[1:].isnan().all()

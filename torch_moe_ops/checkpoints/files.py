@@ -50,8 +50,8 @@ class Checkpoint:
         index = self.path / INDEX
         if index.is_file():
             try:
-                return dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
+                return {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 refuse("Checkpoint", str(index), "JSON with a weight_map", f"{type(error).__name__}: {error}")
         files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
         if not files:

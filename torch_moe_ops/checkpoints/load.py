@@ -139,7 +139,7 @@ class _Stack:
         """global_scale or input_scale: float32 [E, parts]; None if the checkpoint has none."""
         if kind not in self.reader.kinds:
             return None
-        result = torch.empty(len(self.experts), len(projections))
+        result = torch.empty(len(self.experts), len(projections), dtype=torch.float32)
         for i, expert in enumerate(self.experts):
             for part, projection in enumerate(projections):
                 number, name = self.reader.read(expert, projection, kind), self.reader.name(expert, projection, kind)

@@ -23,8 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="bf16", choices=FORMATS, help="of the weights (default: bf16)")
     parser.add_argument("--act-format", default="", choices=FORMATS, help="of the activations (default: the weights')")
     parser.add_argument("--activation", default="silu", choices=ACTIVATIONS)
-    parser.add_argument("--hidden", type=positive, metavar="H", help="hidden size")
-    parser.add_argument("--intermediate", type=positive, metavar="I", help="intermediate size")
+    parser.add_argument("--hidden", type=positive, metavar="H", help="hidden size, of fused_moe")
+    parser.add_argument("--intermediate", type=positive, metavar="I", help="intermediate size, of fused_moe")
+    parser.add_argument("--n", type=positive, help="rows of a weight, of grouped_gemm")
+    parser.add_argument("--k", type=positive, help="columns of a weight, of grouped_gemm")
     parser.add_argument("--experts", type=positive, metavar="E", help="local experts")
     parser.add_argument("--top-k", type=positive, metavar="K", help="experts a token goes to")
     parser.add_argument("--packed", action="store_true", help="the weights are results of pack_weight")
@@ -43,6 +45,8 @@ def main(args: argparse.Namespace) -> int:
             activation=args.activation,
             hidden_size=args.hidden,
             intermediate_size=args.intermediate,
+            n=args.n,
+            k=args.k,
             num_experts=args.experts,
             top_k=args.top_k,
             packed=args.packed,

@@ -32,7 +32,7 @@ def facts(
 ) -> dict[str, object]:
     num_experts, hidden_size, intermediate_size = weight_sizes(w2, format)
     n = weight_sizes(w13, format)[1]
-    bias = w2_bias if w13_bias is None else w13_bias
+    dtypes = [bias.dtype for bias in (w13_bias, w2_bias) if bias is not None]
     return {
         "format": format,
         "act_format": act_format,
@@ -41,7 +41,7 @@ def facts(
         "num_experts": num_experts,
         "top_k": topk_ids.shape[1],
         "out_dtype": hidden_states.dtype,
-        "bias_dtype": None if bias is None else bias.dtype,
+        "bias_dtype": next((dtype for dtype in dtypes if dtype != torch.bfloat16), dtypes[0] if dtypes else None),
         "packed": is_packed(w2),
     }
 
@@ -86,8 +86,10 @@ def fused_moe(
         w2: [E, H, I/pack]. Both may be results of `pack_weight` for these activations, which hold their scales.
         topk_weights: float32 [T, K].
         topk_ids: int32 [T, K]; -1 for an absent slot.
-        w13_scale, w2_scale: the weights' scales, any strides; their blocks are counted within gate and up.
-        w13_global_scale: float32 [E, 2] (gate, up) or [E]; nvfp4 weights only. w2_global_scale: float32 [E] or [E, 1].
+        w13_scale, w2_scale: the weights' scales, any strides; blocks of rows are counted within each half of w13's rows
+            as they are stored, so if those are interleaved, a block has rows of gate and of up.
+        w13_global_scale: float32 [E, 2], of the first and the second half of w13's rows as they are stored, or [E];
+            nvfp4 weights only. w2_global_scale: float32 [E] or [E, 1].
         a13_global_scale, a2_global_scale: float32, one element or [E], of the two GEMMs' activations; nvfp4 only.
         w13_bias, w2_bias: [E, 2I] and [E, H], bfloat16, float16 or float32.
         expert_map: int32 [Eg], from topk_ids to local experts or -1.

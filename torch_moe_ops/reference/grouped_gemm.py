@@ -57,8 +57,10 @@ def grouped_gemm(
 
 
 def tiled_matmul(x: Tensor, w: Tensor) -> Tensor:
-    """x [rows, K] @ w [N, K]^T in float32, ROW_TILE rows at a time, the last tile filled up with zeros."""
-    return torch.cat([tile @ w.T for tile in _tiles(x)])[: len(x)]
+    """x [rows, K] @ w [N, K]^T in float32, also under autocast, ROW_TILE rows at a time, the last tile filled up with
+    zeros."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.cat([tile @ w.T for tile in _tiles(x)])[: len(x)]
 
 
 def block_scaled_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, b_parts: int) -> Tensor:

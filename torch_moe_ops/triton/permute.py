@@ -28,10 +28,10 @@ from torch_moe_ops.triton._common import (
 )
 
 
-@triton.jit(do_not_specialize=["stride_scale_k"])  # of an MN-major scale: it changes with the number of rows
+@triton.jit(do_not_specialize=["num_rows", "stride_scale_k"])  # of an MN-major scale: it changes with the rows, too
 def _permute_kernel(
     hidden_states_ptr, slot_to_row_ptr, topk_weights_ptr, global_scale_ptr, expert_offsets_ptr,
-    permuted_ptr, permuted_scale_ptr, hidden, num_experts, stride_scale_row, stride_scale_k,
+    permuted_ptr, permuted_scale_ptr, num_rows, hidden, num_experts, stride_scale_row, stride_scale_k,
     TOP_K: tl.constexpr, EXPERTS: tl.constexpr, FORMAT: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -44,7 +44,7 @@ def _permute_kernel(
     for k in range(TOP_K):
         slot = token * TOP_K + k
         row = tl.load(slot_to_row_ptr + slot).to(tl.int64)
-        if row >= 0:
+        if (row >= 0) & (row < num_rows):
             if ROWS_DIFFER:
                 weight = 1.0 if topk_weights_ptr is None else tl.load(topk_weights_ptr + slot)
                 global_scale = load_global_scale(global_scale_ptr, expert_offsets_ptr, row, num_experts, EXPERTS)
@@ -79,7 +79,7 @@ def permute(
     with on_device(hidden_states):
         _permute_kernel[grid](
             hidden_states, slot_to_row, topk_weights, global_scale, expert_offsets,
-            as_stored(permuted), as_stored(permuted_scale), hidden, num_experts, *permuted_scale.stride(),
+            as_stored(permuted), as_stored(permuted_scale), num_rows, hidden, num_experts, *permuted_scale.stride(),
             TOP_K=top_k, EXPERTS=experts, FORMAT=format, **tile, num_warps=row_warps(tile), **EXACT,
         )  # fmt: skip
     return permuted, permuted_scale

@@ -27,9 +27,15 @@ class Key(NamedTuple):
         """Files written before there was a choice hold neither routing nor, some of them, what."""
         routing, what = point.get("routing", "uniform"), point.get("what", "fused_moe")
         try:
-            return cls(point["case"], point["format"], point["tokens"], routing, what)
+            key = cls(point["case"], point["format"], point["tokens"], routing, what)
         except KeyError as error:
             raise Refused(f"expected points with case, format and tokens, got one without {error}: {point}") from None
+        if not all(isinstance(value, int if name == "tokens" else str) for name, value in key._asdict().items()):
+            raise Refused(f"expected points with names and a number of tokens, got {point}")
+        for name in ("us", "floor_us"):
+            if not isinstance(point.get(name) or 1.0, int | float) or (point.get(name) or 1.0) <= 0:
+                raise Refused(f"expected points whose {name} is a positive number, got {point}")
+        return key
 
 
 @dataclass(frozen=True)
