@@ -9,7 +9,7 @@
 //   producer warp 0: draws tiles; TMA of weights, 128 or 256 bytes of K a stage, 128-byte swizzle (packed ones: bulk copies)
 //   producer warps 1 to kTokenWarps: TMA of tokens (or gather_sm90.cuh, split_sm90.cuh), and for float8 products of the float32 scales (any
 //   strides)
-//   1 or 2 consumer warpgroups: wgmma, promotion (float8), epilogue
+//   1, 2 or 4 consumer warpgroups: wgmma, promotion (float8), epilogue
 //
 // Narrow tiles (8 to 32 tokens, in some kernels 64; packed: up to 128): weight rows are wgmma's 64-row operand and tokens its N operand
 // ("swap A/B"), so that decode multiplies hardly more tokens than there are. Wide tiles (128 tokens): tokens are the 64-row operand, one half
@@ -97,14 +97,13 @@ struct Config {
   // have half-wide ones, which take the wide ones' loop.
   static constexpr bool kHasWide = kMaxTokens == 128 && !kPacked;  // packed weights are an operand in registers: the 64-row one
   static constexpr bool kHasHalfWide = kHasWide && kWaves == 2;
-  // Registers a thread, moved from producers to consumers. Three warpgroups start with 168 each (80 with two thread blocks an SM), six with 80,
-  // and share exactly that: asking for more waits for ever.
-  static constexpr bool kRebalanceRegisters = (kWarpgroups == 2 && kThreads == 384);
+  // Registers a thread, moved from producers to consumers. The three warpgroups start with 168 each (80 with two thread blocks an SM) and
+  // share exactly that: asking for more waits for ever.
+  static constexpr bool kRebalanceRegisters = kWarpgroups == 2 && kThreads == 384;
   static constexpr bool kBusyProducers = kFloat8 || kCanGather;  // 56 registers would be too few for them
-  static constexpr int kProducerRegisters = kFewerWarpgroups ? 64 : kBlocksPerSm == 2 ? 48 : kBusyProducers ? 72 : 56;
-  static constexpr int kConsumerRegisters = kFewerWarpgroups ? 88 : kBlocksPerSm == 2 ? 96 : kBusyProducers ? 216 : 224;
-  static_assert(kFewerWarpgroups ? 2 * kProducerRegisters + 4 * kConsumerRegisters <= 6 * 80
-                                 : kProducerRegisters + 2 * kConsumerRegisters <= 3 * (kBlocksPerSm == 2 ? 80 : 168));
+  static constexpr int kProducerRegisters = kBlocksPerSm == 2 ? 48 : kBusyProducers ? 72 : 56;
+  static constexpr int kConsumerRegisters = kBlocksPerSm == 2 ? 96 : kBusyProducers ? 216 : 224;
+  static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (kBlocksPerSm == 2 ? 80 : 168));
   static_assert((kPacking == Packing::mxfp4_e4m3) == (kPacked && kFloat8) && !(kPacked && kFloat8 && kMaxTokens > 64));
   static_assert(kBlocksPerSm == 1 || kMaxTokens == 32);
   static_assert(kMaxTokens == 32 || kMaxTokens == 64 || (kMaxTokens == 128 && kWarpgroups == 2), "a wide tile gives 64 tokens to each of two warpgroups");
@@ -333,7 +332,7 @@ __device__ __forceinline__ const Tile& wait_tile(const Smem<C>& smem, const Pipe
 }
 template <class C>
 __device__ __forceinline__ void release_tile(const Smem<C>& smem, PipelineState<kTileSlots>& slot) {
-  __syncwarp();
+  __syncwarp();  // not needed, but without it ptxas spills in a float8 kernel
   smem.tile_empty[slot.stage].arrive();
   slot.advance();
 }
