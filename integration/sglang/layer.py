@@ -74,7 +74,8 @@ class LayerRunner:
         """What moe::fused_moe would refuse at the first request is refused here."""
         self.stored.prepare(layer)
         acts = self.explanation.problem.act_format or self.stored.format
-        if acts == "nvfp4" and all(bool((getattr(layer, f"a{gemm}_global_scale") == 1).all()) for gemm in (13, 2)):
+        scales = [getattr(layer, f"a{gemm}_global_scale", None) for gemm in (13, 2)]
+        if acts == "nvfp4" and all(scale is None or bool((scale == 1).all()) for scale in scales):
             raise Unsupported("NVFP4 experts without input scales, which SGLang takes for 1, where they are needed")
         num_experts, num_router_experts = layer.w2_weight.shape[0], getattr(self.config, "num_experts", None) or 0
         if num_experts < num_router_experts:
