@@ -292,6 +292,7 @@ def ninja_file(plan: Plan, sources: Iterable[Path], library: Path) -> str:
         "  description = link _host",
         "build libtorch_cpu.so: stub",
     ]
+    families = [f"-DTORCH_MOE_{name.upper()}" for name in plan.families]
     objects, module_objects = [], []
     for source in sources:
         name = source.relative_to(CSRC)
@@ -301,9 +302,9 @@ def ninja_file(plan: Plan, sources: Iterable[Path], library: Path) -> str:
                 continue
             extra = [f"-isystem {escape(path)}" for path in (plan.pybind_include, sysconfig.get_path("include"))]
         elif source.suffix == ".cpp":
-            extra = [f"-DTORCH_MOE_{name.upper()}" for name in plan.families]
+            extra = families
         elif arches := source_arches(source, plan.arches):
-            extra = [*DEVICE_FLAGS, *gencode_flags(arches)]
+            extra = [*DEVICE_FLAGS, *families, *gencode_flags(arches)]
         else:
             continue
         linked.append(escape(f"{name}.o"))

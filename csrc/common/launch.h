@@ -3,7 +3,10 @@
 // Every kernel of this library calls pdl_wait() in every thread block, so completion is transitive along the stream.
 #pragma once
 #include <cuda_runtime.h>
+
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
 
 namespace moe {
 
@@ -20,12 +23,35 @@ __device__ __forceinline__ void pdl_launch_next() {
 #endif
 }
 
-// Launches `kernel<<<grid, block, smem, stream>>>(args...)` with PDL allowed.
+// Whether this build has code for the current device's own family. Else it runs from PTX of an older one, in which pdl_wait() does not wait.
+inline bool device_has_pdl() {
+  static std::atomic<uint64_t> known{0}, has{0};  // a bit for each device
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
+  const uint64_t bit = uint64_t(1) << device;
+  if (known.load() & bit) return has.load() & bit;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
+  bool built = false;
+#ifdef TORCH_MOE_SM90
+  built |= major == 9;
+#endif
+#ifdef TORCH_MOE_SM100
+  built |= major == 10;
+#endif
+#ifdef TORCH_MOE_SM120
+  built |= major == 12;
+#endif
+  if (built) has.fetch_or(bit);
+  known.fetch_or(bit);
+  return built;
+}
+
+// Launches `kernel<<<grid, block, smem, stream>>>(args...)`, with PDL where there is.
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream, Args&&... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  attribute.val.programmaticStreamSerializationAllowed = device_has_pdl();
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
