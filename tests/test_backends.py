@@ -8,6 +8,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from moe_cases import make_moe
+from torch import library
 
 import torch_moe_ops as moe
 from torch_moe_ops import _library, backends
@@ -378,7 +379,7 @@ def test_other_devices_have_the_reference_by_name() -> None:
 def test_backends_called_by_name_check_inside_a_custom_op() -> None:
     """Its body runs below autograd, where the check of a call by name is."""
 
-    @torch.library.custom_op("moe_test::topk_by_name", mutates_args=())
+    @library.custom_op("moe_test::topk_by_name", mutates_args=())
     def topk_by_name(logits: torch.Tensor) -> torch.Tensor:
         return torch.ops.moe.topk.reference(logits, 2)[0]
 

@@ -14,6 +14,7 @@ import tune
 from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 TABLE = tune.read_table(tune.TABLE.read_text())
 NUM_SMS = 132
@@ -215,8 +216,8 @@ def test_measure(wrong: str | None, tmp_path, monkeypatch: pytest.MonkeyPatch) -
         return 1.0, 1.0, [call(*arguments) for arguments in inputs]
 
     monkeypatch.setattr(tune, "time_calls", time_calls)
-    with torch.library._scoped_library("moe", "IMPL") as library:
-        library.impl("fused_moe_with_tactic", with_tactic, "CPU")
+    with library._scoped_library("moe", "IMPL") as moe:
+        moe.impl("fused_moe_with_tactic", with_tactic, "CPU")
         tuner = tune.Tuner(tmp_path / "times.jsonl", 1.0, NUM_SMS, "cpu")
         if wrong:
             with pytest.raises(SystemExit, match="split64 gives other bits$"):

@@ -21,13 +21,13 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch.library import Library, register_fake
+from torch import library
 
 from .backends import CANDIDATES, OPS, Problem, built_backends, compute_capability, select
 from .meta_kernels._check import expect_no_grad, refuse, stand_in, static_facts
 from .stages import Stages, fused_moe
 
-LIBRARY = Library("moe", "DEF")
+LIBRARY = library.Library("moe", "DEF")
 SHARED_LIBRARY = Path(__file__).with_name("_C.so")
 
 # Scales may come in any strides, and packed ones in particular strides: Inductor must hand them over as they are.
@@ -89,9 +89,9 @@ def _register_fakes(op: str) -> None:
             expect_no_grad(op, names, args, options)
         return meta.fake(*args, **options)
 
-    register_fake(f"moe::{op}", default_fake, lib=LIBRARY)
+    library.register_fake(f"moe::{op}", default_fake, lib=LIBRARY)
     for backend in CANDIDATES[op]:
-        register_fake(f"moe::{op}.{backend}", meta.fake, lib=LIBRARY)
+        library.register_fake(f"moe::{op}.{backend}", meta.fake, lib=LIBRARY)
 
 
 def _register_default(op: str) -> None:

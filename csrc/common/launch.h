@@ -3,10 +3,7 @@
 // Every kernel of this library calls pdl_wait() in every thread block, so completion is transitive along the stream.
 #pragma once
 #include <cuda_runtime.h>
-
-#include <atomic>
 #include <cstddef>
-#include <cstdint>
 
 namespace moe {
 
@@ -25,11 +22,8 @@ __device__ __forceinline__ void pdl_launch_next() {
 
 // Whether this build has code for the current device's own family. Else it runs from PTX of an older one, in which pdl_wait() does not wait.
 inline bool device_has_pdl() {
-  static std::atomic<uint64_t> known{0}, has{0};  // a bit for each device
   int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
-  const uint64_t bit = uint64_t(1) << device;
-  if (known.load() & bit) return has.load() & bit;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
   bool built = false;
 #ifdef TORCH_MOE_SM90
@@ -41,8 +35,6 @@ inline bool device_has_pdl() {
 #ifdef TORCH_MOE_SM120
   built |= major == 12;
 #endif
-  if (built) has.fetch_or(bit);
-  known.fetch_or(bit);
   return built;
 }
 

@@ -16,6 +16,11 @@ struct Launcher {
   cudaError_t (*run)(const GroupedGemmArgs&, void*, cudaStream_t);
 };
 
+void expect_out_dtype(ScalarType dtype) {
+  MOE_EXPECT(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float, kOp, "out_dtype",
+             "one of bfloat16, float16, float32", dtype_name(dtype));
+}
+
 Tensor grouped_gemm_with(const Launcher& launcher, const Tensor& a, const Tensor& b, const Tensor& expert_offsets,
                          const std::optional<Tensor>& a_scale, const std::optional<Tensor>& b_scale,
                          const std::optional<Tensor>& a_global_scale, const std::optional<Tensor>& b_global_scale,
@@ -29,8 +34,7 @@ Tensor grouped_gemm_with(const Launcher& launcher, const Tensor& a, const Tensor
   MOE_EXPECT(!a_global_scale, kOp, "a_global_scale", "none for " << expected_acts, describe(*a_global_scale));
   const bool is_16bit = a.scalar_type() == ScalarType::BFloat16 || a.scalar_type() == ScalarType::Half;
   const ScalarType dtype = out_dtype.value_or(is_16bit ? a.scalar_type() : ScalarType::BFloat16);
-  MOE_EXPECT(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float, kOp, "out_dtype",
-             "one of bfloat16, float16, float32", dtype_name(dtype));
+  expect_out_dtype(dtype);
   expect_tensor(kOp, "expert_offsets", expert_offsets, {ScalarType::Int}, {b.size(0) + 1}, a);
   expect_tensor(kOp, "expert_rows", expert_rows, {ScalarType::Int}, {b.size(0)}, a);
   GroupedGemmArgs args = weight_args(kOp, "b", b, b_scale, b_global_scale, bias, parsed, b_parts, a);
@@ -119,8 +123,7 @@ Tensor block_scaled_with(const BlockScaledLauncher& launcher, const Tensor& a, c
   expect_values("b", b, format, {"E", "N", "K"}, a);
   const int64_t num_experts = b.size(0), n = b.size(1), k = b.size(2) * pack(format), columns = scale_columns(format, k);
   expect_values("a", a, act_format, {"P", k / pack(act_format)}, a);
-  MOE_EXPECT(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float, kOp, "out_dtype",
-             "one of bfloat16, float16, float32", dtype_name(dtype));
+  expect_out_dtype(dtype);
   MOE_EXPECT(b_parts >= 1 && n % b_parts == 0, kOp, "b", "a multiple of " << b_parts << " rows per expert", n);
   expect_tensor(kOp, "expert_offsets", expert_offsets, {ScalarType::Int}, {num_experts + 1}, a);
   expect_tensor(kOp, "expert_rows", expert_rows, {ScalarType::Int}, {num_experts}, a);

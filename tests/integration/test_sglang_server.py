@@ -232,7 +232,8 @@ check(lambda x, weights, ids: routed(x, StandardTopKOutput(weights, ids, logits)
 
 # In piecewise prefill graphs SGLang calls the whole layer as one op of its own, which it registers for GPUs alone.
 PIECEWISE = f"""
-from torch.library import Library
+from torch import library as registry
+Library = registry.Library
 implement = Library.impl
 def on_cpus_too(library, name, function, key="", **options):
     for key in {{key, "CPU"}} if library.ns == "sglang" and key == "CUDA" else {{key}}:

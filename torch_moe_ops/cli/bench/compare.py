@@ -33,7 +33,8 @@ class Key(NamedTuple):
         if not all(isinstance(value, int if name == "tokens" else str) for name, value in key._asdict().items()):
             raise Refused(f"expected points with names and a number of tokens, got {point}")
         for name in ("us", "floor_us"):
-            if not isinstance(point.get(name) or 1.0, int | float) or (point.get(name) or 1.0) <= 0:
+            number = point.get(name) or 1.0  # a failed point has none
+            if not isinstance(number, int | float) or number <= 0:
                 raise Refused(f"expected points whose {name} is a positive number, got {point}")
         return key
 
