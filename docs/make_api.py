@@ -36,7 +36,8 @@ def entry(name: str) -> str:
     for part in name.split("."):
         item = getattr(item, part)
     function = item.__init__ if inspect.isclass(item) else item
-    signature = textwrap.dedent(inspect.getsource(function)).partition(":\n    ")[0]
+    source = textwrap.dedent(inspect.getsource(function)).replace("@torch.no_grad()\n", "")
+    signature = source.partition(":\n    ")[0]
     return f"## {name}\n\n```python\n{signature}\n```\n```text\n{inspect.getdoc(item)}\n```\n"
 
 
