@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -277,10 +278,9 @@ def test_gpus_multiply_what_the_ops_accept(sm: int) -> None:
         ("fused_moe", 90, "nvfp4", ("fp8_block_e8m0",), ("cutlass_sm90", "fp8_block_e8m0", True)),
         ("fused_moe", 90, "mxfp4", ("mxfp8", "bf16"), ("cutlass_sm90", "bf16", True)),
         ("grouped_gemm", 90, "nvfp4", ("",), ("triton", "", False)),
-        ("fused_moe", 90, "mxfp4", ("bf16", "mxfp8"), ("cutlass_sm90", "bf16", True)),
         ("fused_moe", 90, "mxfp4", ("", "bf16"), ("cutlass_sm90", "bf16", True)),
         ("fused_moe", 90, "mxfp4", ("fp8_block",), ("cutlass_sm90", "fp8_block", True)),
-        ("fused_moe", 90, "nvfp4", ("fp8_block",), ("triton", "fp8_block", False)),
+        ("fused_moe", 90, "nvfp4", ("fp8_block",), ("cutlass_sm90", "fp8_block", True)),
         ("fused_moe", 120, "mxfp4", ("fp8_block",), ("triton", "fp8_block", False)),
         ("fused_moe", 90, "mxfp8", ("", "bf16"), ("cutlass_sm90", "bf16", True)),
         ("fused_moe", 90, "fp8_block", ("",), ("cutlass_sm90", "", False)),
@@ -330,17 +330,21 @@ def test_explain_names_what_default_calls(monkeypatch: pytest.MonkeyPatch) -> No
     assert called == [moe.explain("topk", device="cpu", num_experts=1019, top_k=2).problem]
 
 
-def test_default_asks_the_kernel_of_the_first_candidate_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None means that it refuses; a gradient is refused before anybody is asked."""
-    call, asked = make_moe("bf16", num_tokens=3), []
-    expected = call(torch.ops.moe.fused_moe.default)
-    answers = iter([None, expected + 1])
-    monkeypatch.setitem(_library.OFFERS, ("fused_moe", 0), lambda *args, **options: asked.append(args) or next(answers))
-    assert torch.equal(call(torch.ops.moe.fused_moe.default), expected)
-    assert torch.equal(call(torch.ops.moe.fused_moe.default), expected + 1)
-    with pytest.raises(RuntimeError, match="hidden_states: expected no grad"):
-        call.but(call.args[0].clone().requires_grad_())(torch.ops.moe.fused_moe.default)
-    assert len(asked) == 2
+def test_exceptions_on_their_way_through_the_shared_library_are_text() -> None:
+    call, default = make_moe("bf16", num_tokens=3), torch.ops.moe.fused_moe.default
+    assert torch.equal(call(partial(_library._answer, default)), call(default))
+    wrong = call.but(call.args[0][:, 1:])
+    with pytest.raises(RuntimeError) as caught:
+        wrong(default)
+    assert wrong(partial(_library._answer, default)) is None
+    assert torch.ops.moe.why_not() == str(caught.value)
+    assert _library._answer(lambda: {}["where"]) is None
+    assert "in <lambda>" in torch.ops.moe.why_not() and torch.ops.moe.why_not().endswith("KeyError: 'where'\n")
+
+
+def test_any_requires_grad() -> None:
+    tensors = [torch.zeros(2), torch.zeros(2, requires_grad=True)]
+    assert torch.ops.moe.any_requires_grad(tensors) and not torch.ops.moe.any_requires_grad(tensors[:1])
 
 
 def test_explain_refuses_what_no_backend_is_asked_about() -> None:

@@ -4,7 +4,8 @@ For op X the schema comes from ops/X.py, checks and fake from meta_kernels/X.py,
 portable GPU kernel from triton/X.py and the CUDA kernels from the shared library _C.so, which registers them under the
 same names (`moe::X.cuda`) and may be absent. Where it has a GEMM and no fused layer for a GPU, fused_moe is its stages.
 
-    default    checks, then the backend that `backends.select` names; but see OFFERS
+    default    checks, then the backend that `backends.select` names. With kernels for SM90, fused_moe's for CUDA is in
+               C++: it checks and runs what they take, and asks this for the rest (`choose_fused_moe`)
     reference  plain torch, on any device
     the rest   one overload per backend; called by name, they check their arguments first too
 """
@@ -15,6 +16,7 @@ import importlib
 import importlib.util
 import os
 import threading
+import traceback
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -39,13 +41,7 @@ STAGED = ("cutlass_sm100", "cutlass_sm120")
 # Sets of static facts that `default` of an op remembers, about 2 KiB each: every number of tokens of a few layers.
 REMEMBERED_CALLS = 4096
 
-# (op, compute capability) -> the first candidate's kernel for such GPUs, as an op that takes the same arguments and
-# runs them or, where the kernel refuses them, returns None. `default` asks it first: what it takes is what `select`
-# would give it, and the checks of a kernel cost the host less than reading the static facts from Python.
-OFFERS: dict[tuple[str, int], torch._ops.OpOverload] = {}
-
-
-# Whether what is called next on this thread has had its arguments checked.
+# Of a thread: `checked`, whether what is called next has had its arguments checked; `why_not`, see _answer.
 _CALL = threading.local()
 
 
@@ -95,7 +91,7 @@ def _register_fakes(op: str) -> None:
 
 
 def _register_default(op: str) -> None:
-    """Offers, else checks, chooses, calls. The chosen overload is called below autograd, where it does not check again.
+    """Checks, chooses, calls. The chosen overload is called below autograd, where it does not check again.
 
     Checks and choice read nothing but the static facts of the arguments, so they run once for each set of facts (the
     number of tokens is one of them) and are remembered. A refusal is never remembered.
@@ -117,22 +113,39 @@ def _register_default(op: str) -> None:
     def default(*args, **options):
         if torch.is_grad_enabled():
             expect_no_grad(op, names, args, options)
-        offer = OFFERS.get((op, compute_capability(args[0].device)))
-        if offer is not None and (output := offer(*args, **options)) is not None:
-            return output
         overload = choose(tuple(map(static_facts, args)), tuple(options), tuple(map(static_facts, options.values())))
         return _call_checked(overload, args, options)
 
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(op, default, key)
+    LIBRARY.impl(op, default, "CPU")
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"moe::{op}", "CUDA"):
+        _register_choose(op, default)
+    else:
+        LIBRARY.impl(op, default, "CUDA")
 
 
-def _register_offer(op: str, backend: str, sm: int) -> None:
-    """`moe::offer_{op}`, which the shared library implements if it has the backend."""
-    assert CANDIDATES[op][0] == backend  # else another backend might have been chosen for what the kernel takes
-    LIBRARY.define(f"offer_{op}{_schema(op)}?")
-    if torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"moe::offer_{op}", "CUDA"):
-        OFFERS[op, sm] = _overload(f"offer_{op}", "default")
+def _register_choose(op: str, default: Callable) -> None:
+    """`default` for the shared library's own."""
+    LIBRARY.define(f"choose_{op}{_schema(op)}?")
+    LIBRARY.impl(f"choose_{op}", partial(_answer, default), "CUDA")
+
+
+def _answer(function: Callable, *args, **options) -> torch.Tensor | None:
+    """What `function` returns, or None: the shared library's calls let no exception through. `_why_not` has the text."""
+    try:
+        return function(*args, **options)
+    except RuntimeError as error:
+        _CALL.why_not = str(error)
+    except Exception:  # not foreseen, so where it happened is worth knowing
+        _CALL.why_not = traceback.format_exc()
+    return None
+
+
+def _why_not() -> str:
+    return _CALL.why_not
+
+
+def _any_requires_grad(tensors: list[torch.Tensor]) -> bool:
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def _define_with_tactic(op: str) -> None:
@@ -196,6 +209,11 @@ def _argument_names(op: str) -> list[str]:
 
 for _op in OPS:
     _define(_op)
+for _schema_text, _kernel in (  # for the shared library
+    ("any_requires_grad(Tensor[] tensors) -> bool", _any_requires_grad),
+    ("why_not() -> str", _why_not),
+):
+    LIBRARY.impl(LIBRARY.define(_schema_text), _kernel, "CompositeExplicitAutograd")
 if SHARED_LIBRARY.exists():
     torch.ops.load_library(str(SHARED_LIBRARY))
 for _op in OPS:
@@ -205,7 +223,6 @@ for _op in OPS:
     _register_triton(_op)
     for _backend in CANDIDATES[_op]:
         _register_backend(_op, _backend)
-_register_offer("fused_moe", "cutlass_sm90", 90)
 _define_with_tactic("fused_moe")
 for _backend in STAGED:
     _register_stages(_backend)

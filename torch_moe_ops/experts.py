@@ -19,7 +19,7 @@ from .meta_kernels._check import INT32, expect_choice, expect_range, expect_size
 from .meta_kernels.act_mul import check_activation
 from .meta_kernels.grouped_gemm import check_formats, check_weight
 from .meta_kernels.quantize import check_global_scale
-from .packed_weights import PACKABLE, is_packed, pack_weight, weight_sizes
+from .packed_weights import BLOCK_BYTES, PACKABLE, is_packed, pack_weight, weight_sizes
 
 TENSORS = (
     "w13",
@@ -171,9 +171,9 @@ class Experts(nn.Module):
     def packed(self) -> Experts:
         """The same experts with their weights and scales as the SM90 kernels read them: see `pack_weight`.
 
-        Packed for fp8_block activations if `act_format` is that, else for bf16 ones.
+        Packed for activations of `act_format` if there is a layout for them, else for bf16 ones.
         """
-        act_format = "fp8_block" if self.act_format == "fp8_block" else "bf16"
+        act_format = self.act_format if self.act_format in BLOCK_BYTES.get(self.format, ()) else "bf16"
         tensors = {name: getattr(self, name) for name in TENSORS}
         for name in ("w13", "w2"):
             if not is_packed(tensors[name]):

@@ -55,9 +55,10 @@ EXPONENT_BYTES = BLOCK
 # format -> the activations that there is a layout for -> the bytes of a block, which tell the layout.
 BLOCK_BYTES = {format: {"bf16": VALUE_BYTES[format] + SCALE_BYTES[format]} for format in PACKABLE}
 BLOCK_BYTES["mxfp4"]["fp8_block"] = BLOCK_BYTES["mxfp4"]["bf16"] + EXPONENT_BYTES
-# What fused_moe also quantises activations to in front of weights packed for bf16 ones; bf16 holds the numbers exactly.
+# What fused_moe also quantises activations to in front of weights packed for bf16 ones. bf16 holds the numbers exactly,
+# but for fp8_block's, which are rounded to it once more.
 ROUNDED_ACTS = {
-    "nvfp4": ("nvfp4", "fp8_block_e8m0"),
+    "nvfp4": ("nvfp4", "fp8_block", "fp8_block_e8m0"),
     "mxfp4": ("mxfp4", "mxfp8", "fp8_block_e8m0"),
     "mxfp8": ("mxfp8",),
 }

@@ -8,23 +8,23 @@
 
 namespace moe {
 
-// The last four are for packed weights, which are multiplied as bfloat16: value * scale of the format behind `as_`, exactly (6 significant bits),
-// stored as bfloat16; nvfp4 without its global scale.
+// The last five are for packed weights, which are multiplied as bfloat16: value * scale of the format behind `as_`, stored as bfloat16, which
+// holds all but as_fp8_block's exactly (6 significant bits); nvfp4 without its global scale.
 enum class Format : int {
   bf16, fp16, int8, fp8_block, fp8_block_e8m0, mxfp8, mxfp4, nvfp4,
-  as_fp8_block_e8m0, as_mxfp8, as_mxfp4, as_nvfp4
+  as_fp8_block, as_fp8_block_e8m0, as_mxfp8, as_mxfp4, as_nvfp4
 };
 
 constexpr int kRounded = int(Format::as_nvfp4) - int(Format::nvfp4);  // the two orders are the same
 
-constexpr bool is_rounded(Format format) { return format >= Format::as_fp8_block_e8m0; }
+constexpr bool is_rounded(Format format) { return format >= Format::as_fp8_block; }
 
 // Of a rounded format, the one that its numbers are rounded to; others stay.
 constexpr Format rounded_to(Format format) { return is_rounded(format) ? Format(int(format) - kRounded) : format; }
 
 // The inverse; formats that have no rounded one stay.
 constexpr Format rounded(Format format) {
-  return format >= Format::fp8_block_e8m0 && !is_rounded(format) ? Format(int(format) + kRounded) : format;
+  return format >= Format::fp8_block && !is_rounded(format) ? Format(int(format) + kRounded) : format;
 }
 
 // Whether a scale is stored beside the values.

@@ -12,6 +12,7 @@
 namespace moe {
 
 constexpr float kFloat32Max = 3.402823466e38f;
+constexpr float kBfloat16Max = 3.389531390e38f;
 constexpr float kAmaxMin = 1e-10f;  // keeps the scale of an all-zero block, and its inverse, finite
 constexpr unsigned kAllLanes = 0xffffffffu;
 
@@ -71,15 +72,18 @@ __device__ __forceinline__ uint32_t encode_int8(float x) {
   return static_cast<uint32_t>(min(max(__float2int_rn(x), -127), 127)) & 0xffu;
 }
 
-// What elements of a block stand for once they are quantised, without the global scale: exact in bfloat16 (up to its smallest normal number).
+// What elements of a block stand for once they are quantised, without the global scale: exact in bfloat16 (up to its smallest normal number), but
+// for fp8_block, whose scales are float32. Its infinities, too, become numbers that bfloat16 has.
 template <Format kFormat>
 struct Rounding {
   static constexpr Format kTo = rounded_to(kFormat);
   float scale, inverse;
 
   __device__ __forceinline__ Rounding(float amax, float global_scale) {
-    const Scale s = make_scale<kTo>(amax, global_scale);
-    scale = kTo == Format::nvfp4 ? decode_e4m3(static_cast<uint8_t>(s.stored)) : decode_e8m0(s.stored);
+    const Scale s = make_scale<kTo>(kTo == Format::fp8_block ? fminf(amax, kBfloat16Max) : amax, global_scale);
+    scale = kTo == Format::nvfp4       ? decode_e4m3(static_cast<uint8_t>(s.stored))
+            : kTo == Format::fp8_block ? __uint_as_float(s.stored)
+                                       : decode_e8m0(s.stored);
     inverse = s.inverse;
   }
   __device__ __forceinline__ float operator()(float x) const {

@@ -1,5 +1,5 @@
-// torch.ops.moe.fused_moe.cutlass_sm90: the whole layer in one call; and the same as an offer, for fused_moe.default, and with a tactic by
-// name, for benchmarks/tune.py.
+// torch.ops.moe.fused_moe.cutlass_sm90: the whole layer in one call; and fused_moe.default, which is the same wherever that is possible; and
+// the same with a tactic by name, for benchmarks/tune.py.
 //   sort_slots -> permute (+ quantise) -> both GEMMs with the activation (+ requantise) in between -> finalize
 // or, where GEMM1 gathers its tokens: sort_slots -> quantize, not for 16 bits -> both GEMMs -> finalize;
 // or, with few slots: sort_slots -> both GEMMs, which quantise by themselves -> finalize;
@@ -8,7 +8,10 @@
 // host more than a launch.
 #include <torch/csrc/stable/library.h>
 
+#include <array>
+#include <stdexcept>
 #include <tuple>
+#include <vector>
 
 #include "act_mul/act_mul.h"
 #include "common/arguments.h"
@@ -319,6 +322,33 @@ Tensor run_layer(const std::string& tactic, const Tensor& hidden_states, const T
   return run_finalize(layer, m, hidden_states, apply_router_weight_on_input ? nullptr : weights, routed_scaling_factor);
 }
 
+// The one thing that an op registered by Python returns. No exception comes through: what it has to say, it returns.
+template <typename Output, size_t kArgs>
+Output call_python(const char* op, std::array<StableIValue, kArgs> stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Output>(stack[0]);
+}
+
+// The stable ABI does not tell. Asked only where gradients are recorded.
+template <typename... Args>
+bool any_requires_grad(const Args&... args) {
+  std::vector<Tensor> tensors;
+  const auto collect = [&]<typename Arg>(const Arg& arg) {
+    if constexpr (std::is_same_v<Arg, Tensor>) tensors.push_back(arg);
+    if constexpr (std::is_same_v<Arg, std::optional<Tensor>>)
+      if (arg) tensors.push_back(*arg);
+  };
+  (collect(args), ...);
+  return call_python<bool>("moe::any_requires_grad", std::array{torch::stable::detail::from(tensors)});
+}
+
+bool is_sm90(const Tensor& tensor) {
+  const int device = tensor.is_cuda() ? tensor.get_device_index() : -1;
+  int major = 0, minor = 0;
+  return device >= 0 && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 && minor == 0;
+}
+
 // The ops that take a layer's arguments alone; the tactic is chosen.
 template <auto kFunction>
 struct Chosen;
@@ -326,15 +356,24 @@ template <typename... Args, Tensor (*kFunction)(const std::string&, Args...)>
 struct Chosen<kFunction> {
   static Tensor run(Args... args) { return kFunction({}, args...); }
 
-  // Or None for arguments that it refuses: Python says what is wrong with them, or who else takes them.
-  static std::optional<Tensor> offer(Args... args) try {
+  // None where another backend has to run this, or somebody has to say what is wrong with it.
+  static std::optional<Tensor> try_run(Args... args) try {
     const auto all = std::forward_as_tuple(args...);
-    const Tensor& w13 = std::get<1>(all);
+    const Tensor &hidden_states = std::get<0>(all), &w13 = std::get<1>(all);
     const std::string& format = std::get<14>(all);
-    if (!takes_acts(act_format_of(w13, parse_format(kOp, format)))) return std::nullopt;  // sooner than by an exception
+    if (!is_sm90(hidden_states) || !takes_acts(act_format_of(w13, parse_format(kOp, format)))) return std::nullopt;  // sooner than by an exception
+    if (aoti_torch_grad_mode_is_enabled() && any_requires_grad(args...)) return std::nullopt;
     return run(args...);
   } catch (const Refusal&) {
     return std::nullopt;
+  }
+
+  // fused_moe itself. Checks and choice in Python cost the host more than this whole function, so it is asked only if needed.
+  static Tensor run_default(Args... args) {
+    if (std::optional<Tensor> output = try_run(args...)) return *output;
+    if (const auto output = call_python<std::optional<Tensor>>("moe::choose_fused_moe", std::array{torch::stable::detail::from(args)...}))
+      return *output;
+    throw std::runtime_error(call_python<std::string>("moe::why_not", std::array<StableIValue, 1>{}));
   }
 };
 
@@ -342,8 +381,8 @@ struct Chosen<kFunction> {
 }  // namespace moe
 
 STABLE_TORCH_LIBRARY_IMPL(moe, CUDA, m) {
+  m.impl("fused_moe", TORCH_BOX(&moe::Chosen<&moe::run_layer>::run_default));
   m.impl("fused_moe.cutlass_sm90", TORCH_BOX(&moe::Chosen<&moe::run_layer>::run));
-  m.impl("offer_fused_moe", TORCH_BOX(&moe::Chosen<&moe::run_layer>::offer));
   m.impl("fused_moe_with_tactic", TORCH_BOX(&moe::run_layer));
 }
 

@@ -27,6 +27,7 @@ __device__ __forceinline__ void with_rounding(Format format, F&& f) {
     if (format == Format::as_nvfp4 && C::kPacking == Packing::nvfp4) f.template operator()<Format::as_nvfp4>();
     if (format == Format::as_mxfp4 && C::kPacking == Packing::mxfp4) f.template operator()<Format::as_mxfp4>();
     if (format == Format::as_mxfp8 && C::kPacking != Packing::nvfp4) f.template operator()<Format::as_mxfp8>();
+    if (format == Format::as_fp8_block && C::kPacking == Packing::nvfp4) f.template operator()<Format::as_fp8_block>();
     if (format == Format::as_fp8_block_e8m0 && kFp4) f.template operator()<Format::as_fp8_block_e8m0>();
   }
 }

@@ -47,7 +47,7 @@ inline Format act_format_of(const Tensor& b, Format format) {
 // The activations that packed weights, which bf16 ones are meant for, are multiplied by as well in fused_moe, rounded to bf16.
 inline std::vector<std::string> rounded_act_formats(Packing packing) {
   switch (packing) {
-    case Packing::nvfp4: return {"nvfp4", "fp8_block_e8m0"};
+    case Packing::nvfp4: return {"nvfp4", "fp8_block", "fp8_block_e8m0"};
     case Packing::mxfp4: return {"mxfp4", "mxfp8", "fp8_block_e8m0"};
     case Packing::mxfp8: return {"mxfp8"};
     default: return {};

@@ -170,11 +170,12 @@ py::bytes round_floats(std::vector<float> x, float global_scale) {
 
 py::bytes round_block(const std::string& format, const std::string& x, float global_scale) {
   using moe::Format;
+  if (format == "fp8_block") return round_floats<Format::as_fp8_block>(floats_of(x), global_scale);
   if (format == "fp8_block_e8m0") return round_floats<Format::as_fp8_block_e8m0>(floats_of(x), global_scale);
   if (format == "mxfp8") return round_floats<Format::as_mxfp8>(floats_of(x), global_scale);
   if (format == "mxfp4") return round_floats<Format::as_mxfp4>(floats_of(x), global_scale);
   if (format == "nvfp4") return round_floats<Format::as_nvfp4>(floats_of(x), global_scale);
-  throw py::value_error("round_block: format: expected fp8_block_e8m0, mxfp8, mxfp4 or nvfp4, got " + format);
+  throw py::value_error("round_block: format: expected fp8_block, fp8_block_e8m0, mxfp8, mxfp4 or nvfp4, got " + format);
 }
 
 py::bytes fp8_block_scales(const std::string& amax) {

@@ -514,6 +514,19 @@ def test_default_is_what_explain_names(format: str) -> None:
     assert torch.equal(call(moe.fused_moe), call(overload(chosen)))
 
 
+def test_default_without_gradients() -> None:
+    """Recorded or not: the same bits, and only a gradient that would be lost is refused."""
+    for format in ("fp8_block", "int8"):  # the kernel of SM90, and Triton, whom Python finds
+        call = make_moe(format, num_tokens=3, device=DEVICE)
+        expected = call(overload("default"))
+        grown = call.but(call.args[0].clone().requires_grad_())
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                assert torch.equal(call(overload("default")), expected)
+                assert torch.equal(grown(overload("default")), expected)
+        assert message(overload("default"), grown).startswith("fused_moe: hidden_states: expected no grad, got ")
+
+
 def bad_calls(call: Call) -> dict[str, Call]:
     x, w13, w2, topk_weights, ids = call.args
     scale = call.options["w13_scale"]
@@ -568,6 +581,9 @@ def test_refusals_read_the_same_everywhere() -> None:
     for what, call in bad_calls(good).items():
         line = message(overload("default"), call)
         assert re.fullmatch(r"fused_moe: \w+: expected .+, got .+", line), what
+        if what != "grad":
+            with torch.no_grad():
+                assert message(overload("default"), call) == line, what
         for name in names:
             assert message(overload(name), call) == line, what
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -1,13 +1,13 @@
-"""cutlass_sm90 with many tokens: GEMM1 gathers its tokens instead of reading permuted ones, with the same bits.
-
-Tokens that do not start at 16 bytes cannot be gathered, so the same numbers 8 bytes further are the yardstick.
-"""
+"""cutlass_sm90 with many tokens: GEMM1 gathers its tokens (gathered128) instead of reading permuted ones (gated128).
+The bits are the same."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from gpu_layers import DEVICE, PACKED, layer, overload, poison_free_memory, why_not, with_ids
+from gpu_layers import DEVICE, PACKED, layer, overload, why_not, with_ids, with_tactic
 from moe_cases import Call
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -21,36 +21,32 @@ def format(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def unaligned(call: Call) -> Call:
-    x = call.args[0]
-    further = torch.empty(x.numel() + 4, dtype=x.dtype, device=x.device)[4:].view(x.shape).copy_(x)
-    assert further.data_ptr() % 16 == 8 and further.is_contiguous()
-    return call.but(further)
-
-
-def memory_of(call: Call) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call(overload("cutlass_sm90"))
-    return torch.cuda.max_memory_allocated() - before
+def gathered(call: Call) -> torch.Tensor:
+    return call(partial(torch.ops.moe.fused_moe_with_tactic, "gathered128"))
 
 
 def compare(call: Call) -> torch.Tensor:
-    permuted = unaligned(call)(overload("cutlass_sm90"))
-    poison_free_memory()
-    gathered = call(overload("cutlass_sm90"))
-    assert gathered.isfinite().all() and torch.equal(gathered, permuted)
-    return gathered
+    output = with_tactic(call, "gathered128")
+    assert output.isfinite().all() and torch.equal(output, with_tactic(call, "gated128"))
+    return output
 
 
 # Wide tiles, and narrow ones of every size behind them.
 @pytest.mark.parametrize("changes", [{}, {"hidden_size": 1280, "top_k": 6}, {"num_experts": 40, "top_k": 9}])
 @pytest.mark.parametrize("num_tokens", [600, 5000])
 def test_the_same_bits_as_permuted_tokens(format: str, num_tokens: int, changes: dict[str, int]) -> None:
-    call = layer(format, num_tokens, **changes)
-    compare(call)
-    assert memory_of(call) < memory_of(unaligned(call)), "nothing was gathered"
+    compare(layer(format, num_tokens, **changes))
+
+
+def test_tokens_that_cannot_be_gathered(format: str) -> None:
+    """cp.async takes 16 bytes: the same numbers 8 bytes further are permuted by default."""
+    call = layer(format, 5000)
+    x = call.args[0]
+    further = torch.empty(x.numel() + 4, dtype=x.dtype, device=x.device)[4:].view(x.shape).copy_(x)
+    assert further.data_ptr() % 16 == 8 and further.is_contiguous()
+    with pytest.raises(RuntimeError, match="^fused_moe: tactic: expected one of .*, got gathered128$"):
+        gathered(call.but(further))
+    assert torch.equal(call.but(further)(overload("cutlass_sm90")), compare(call))
 
 
 def test_rows_that_end_inside_a_k_block(format: str) -> None:
@@ -81,14 +77,13 @@ def test_absent_slots_hot_and_empty_experts(format: str) -> None:
 def test_one_graph_for_changing_tokens_and_routing(format: str) -> None:
     call, other = layer(format, 1024), layer(format, 1024, seed=5)
     call = call.but(*(tensor.clone() for tensor in call.args))
-    call(overload("cutlass_sm90"))
+    gathered(call)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = call(overload("cutlass_sm90"))
+        output = gathered(call)
     for source in (other, layer(format, 1024, seed=9)):
         x, w13, w2, topk_weights, topk_ids = source.args
         for buffer, tensor in zip((call.args[0], *call.args[3:]), (x, topk_weights, topk_ids), strict=True):
             buffer.copy_(tensor)
         graph.replay()
-        expected = unaligned(call)(overload("cutlass_sm90"))
-        assert torch.equal(output, expected)
+        assert torch.equal(output, with_tactic(call, "gated128"))
