@@ -130,7 +130,7 @@ def _register_choose(op: str, default: Callable) -> None:
 
 
 def _answer(function: Callable, *args, **options) -> torch.Tensor | None:
-    """What `function` returns, or None: the shared library's calls let no exception through. `_why_not` has the text."""
+    """What `function` returns, or None: the shared library's calls let no exception through. `_why_not` has it."""
     try:
         return function(*args, **options)
     except RuntimeError as error:
