@@ -41,8 +41,10 @@ def rounded(values: Tensor, scale: Tensor, act_format: str, used: int) -> Tensor
     fmt = FORMATS[act_format]
     numbers = fmt.dequantize(values, scale, fmt.act_block)
     numbers[used:] = float("nan")
-    if act_format != "fp8_block":  # its scales have 24 bits
-        assert torch.equal(numbers.bfloat16().float().nan_to_num(), numbers.nan_to_num())
+    if act_format == "fp8_block":  # its scales have 24 bits, and infinities become the largest number
+        largest = torch.finfo(torch.bfloat16).max
+        return numbers.clamp(-largest, largest).bfloat16()
+    assert torch.equal(numbers.bfloat16().float().nan_to_num(), numbers.nan_to_num())
     return numbers.bfloat16()
 
 
