@@ -153,8 +153,7 @@ class Constants:
 
 
 def choose_tiles(facts: Facts, constants: Constants) -> str:
-    hit = facts.num_experts * (1 - math.exp(-facts.expected_rows / facts.num_experts))
-    gemm1 = 2 * facts.intermediate_size
+    hit, gemm1 = expected_hit(facts), 2 * facts.intermediate_size
 
     def tiles(weight_rows: int, tile_rows: int) -> float:
         return hit * math.ceil(weight_rows / tile_rows)
@@ -193,10 +192,15 @@ def choose_tiles(facts: Facts, constants: Constants) -> str:
     return "gathered128" if facts.can_gather and gathers else "gated128"
 
 
-def gemm2_tiles(facts: Facts, tiles: str) -> int:
-    rows = math.ceil(facts.expected_rows)
-    hit = min(rows, facts.num_experts)
-    return (hit + (rows - hit) // TILES[tiles]) * math.ceil(facts.hidden_size / 256)
+def expected_hit(facts: Facts) -> float:
+    """How many experts are hit if every row draws one at random."""
+    return facts.num_experts * (1 - math.exp(-facts.expected_rows / facts.num_experts))
+
+
+def gemm2_tiles(facts: Facts, tiles: str) -> float:
+    hit = expected_hit(facts)
+    token_tiles = hit * math.ceil(facts.expected_rows / hit / TILES[tiles]) if hit > 0 else 0
+    return token_tiles * math.ceil(facts.hidden_size / 256)
 
 
 def choose_tactic(facts: Facts, constants: Constants) -> str:

@@ -115,8 +115,9 @@ inline Tiles choose_tiles(const LayerFacts& f) {
 // Where GEMM2's tiles are few and long: smaller ones, in a launch of their own, end together.
 inline bool gemm2_alone(const LayerFacts& f, Tiles tiles) {
   const TacticConstants& c = constants_of(f.elements);
-  const auto rows = int64_t(std::ceil(f.expected_rows()));
-  const int64_t gemm2_tiles = max_token_tiles(rows, f.num_experts, tokens_of(tiles)) * tiles_of(f.hidden_size, 256);
+  const double rows = f.expected_rows(), hit = expected_hit(rows, f.num_experts);
+  const double token_tiles = hit > 0 ? hit * std::ceil(rows / hit / tokens_of(tiles)) : 0;
+  const double gemm2_tiles = token_tiles * double(tiles_of(f.hidden_size, 256));
   return gated(tiles) && gemm2_tiles < c.alone_rounds * f.num_sms && f.intermediate_size >= c.alone_k_blocks * 128;
 }
 
