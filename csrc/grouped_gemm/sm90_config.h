@@ -53,12 +53,12 @@ namespace sm90 {
 
 // Which tile configuration: weight rows x tokens, and how GEMM1's activation is done when both GEMMs are fused.
 //   plain: one GEMM.   gated: gate and up of 128 channels are one tile; its epilogue is the activation (and requantisation).
-//   split: few slots. Tiles of 32, 64 or 128 weight rows, so that more SMs read weights, write float32 gate_up; GEMM2 does its activation when
+//   split: few slots. Tiles of 32 to 256 weight rows, so that more SMs read weights, write float32 gate_up; GEMM2 does its activation when
 //          it reads it (split_sm90.cuh).
 enum class Mode { plain, gated, split };
 
 struct GemmParams {
-  CUtensorMap weights;             // (k, part_rows, num_experts * parts), box 128 bytes x rows of a wave (split32: 32)
+  CUtensorMap weights;             // (k, part_rows, num_experts * parts), box 128 bytes x rows of a wave, or of a tile
   CUtensorMap tokens[5];           // (k, num_rows), box 128 bytes x 8, 16, 32, 64, 128 tokens
   void* out;
   const void* bias;
@@ -68,7 +68,7 @@ struct GemmParams {
   int32_t k_stages;                // what K fills, of Config::kStageBlocks K blocks each
   int32_t k_blocks;                // float8: 1 x 128 scales of a token
   int32_t packed_k_blocks;         // packed: blocks of 64 k
-  int32_t tile_rows;               // of a tile
+  int32_t tile_rows;               // from one tile to the next (gated GEMM1: of either part)
   DType out_dtype, bias_dtype;
 };
 
