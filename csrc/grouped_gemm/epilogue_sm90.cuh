@@ -223,7 +223,7 @@ struct NarrowEpilogue {
       row += warpgroup * 64;
       const int32_t column = part * g.part_rows + row, columns = g.part_rows - row;
       if constexpr (C::kSplit)
-        if (tile.gemm == 0) return store_gate_up(column, min(columns, g.tile_rows - warpgroup * 64));
+        if (tile.gemm == 0) return store_gate_up(column, C::kFewerRows > 0 ? min(columns, C::kFewerRows) : columns);
       if (g.out_dtype == DType::float32) store_float32<w * kWave>(column, columns);
       else store_16bit<w * kWave>(column, columns);
     });

@@ -46,10 +46,10 @@ constexpr int kSmemLimit = 232448;  // bytes a thread block can have on SM90; tw
 constexpr int kLanes = 32;
 constexpr int kRowBytes = 128;      // of K, of an operand row in shared memory
 
-// kRows = 64 * kWarpgroups * kWaves weight rows by up to kMaxTokens tokens; split: up to so many rows, GemmParams::tile_rows. kTwoBlocks: float8, split:
-// K blocks a stage.
+// kRows = 64 * kWarpgroups * kWaves weight rows by up to kMaxTokens tokens; fewer, by warpgroups, where kRowsVary. kFewerRows: of GEMM1's tiles, if not
+// 0; only those rows of a wave are loaded and stored.
 template <class Element_, int kMaxTokens_, int kWarpgroups_, int kWaves_, Mode kMode_, Packing kPacking_ = Packing::none, int kBlocksPerSm_ = 1,
-          bool kTwoBlocks = false>
+          int kFewerRows_ = 0>
 struct Config {
   using Element = Element_;  // of the tokens, and of what is multiplied
   static constexpr Packing kPacking = kPacking_;
@@ -60,15 +60,19 @@ struct Config {
   static constexpr int kMaxTokens = kMaxTokens_, kWarpgroups = kWarpgroups_, kWaves = kWaves_;
   static constexpr int kWaveRows = 64 * kWarpgroups;     // weight rows of one wave: within one 128-row scale block
   static constexpr int kRows = kWaveRows * kWaves;
+  static constexpr int kFewerRows = kFewerRows_, kGemm1Rows = kFewerRows ? kFewerRows : kGated ? kWaveRows : kRows;  // from one tile to the next
   static constexpr int kConsumers = 128 * kWarpgroups;
+  // Tiles have GemmParams::tile_rows. Stages are made for kRows, so that less is in flight, which 8 and 16 bits would notice (history, 28).
+  static constexpr bool kRowsVary = kSplit && kPacked;
   static constexpr bool kCanGather = kGated && kMaxTokens == 128;
   static constexpr int kBlockBytes = packed_block_bytes(kPacking);  // packed: of 64 weight rows
   // K blocks, 128 bytes of a token, in a stage. With few tokens a block is less work than its barriers, and float8 sums of two blocks, which do
-  // not wait for each other, take hardly longer than one; but with 128 rows in GEMM1 five stages are too few.
-  static constexpr int kStageBlocks = kSplit && (!kFloat8 || kTwoBlocks) ? 2 : 1;
+  // not wait for each other, take hardly longer than one; but with 128 rows five stages are too few.
+  static constexpr int kStageBlocks = kSplit && (!kFloat8 || (!kPacked && kWarpgroups == 1)) ? 2 : 1;
   static constexpr int kStageWeightBlocks = kStageBlocks * (kPacked && kFloat8 ? 2 : 1);  // packed: of 64 k each
   static constexpr int kBlockWeightBytes = kPacked ? kRows / kPackedBlock * kBlockBytes : kRows * 128, kBlockTokenBytes = kMaxTokens * 128;
   static constexpr int kWeightBytes = kStageWeightBlocks * kBlockWeightBytes;
+  static constexpr int kGemm1WeightBytes = kFewerRows ? kStageWeightBlocks * kFewerRows * 128 : kWeightBytes;
   static constexpr int kTokenBytes = kStageBlocks * kBlockTokenBytes;
   static constexpr int kWaveScales = kFloat8 ? kMaxTokens : 0;  // floats a wave and stage
   static constexpr int kBlockScaleBytes = 4 * kWaves * kWaveScales, kScaleBytes = kStageBlocks * kBlockScaleBytes;
@@ -106,7 +110,7 @@ struct Config {
   static_assert(kMaxTokens == 32 || kMaxTokens == 64 || (kMaxTokens == 128 && kWarpgroups == 2), "a wide tile gives 64 tokens to each of two warpgroups");
   static_assert(!kGated || (kWaves == 2 && kWaveRows == 128), "a float8 scale group is 128 channels");
   static_assert(!kSplit || kWaves == 1);
-  static_assert(!kTwoBlocks || (kSplit && kFloat8 && !kPacked));
+  static_assert(kFewerRows == 0 || (kSplit && !kPacked && kWarpgroups == 1 && kFewerRows % 8 == 0));
   static_assert(!kHasHalfWide || kStagingBytes >= kConsumers / 32 * 16 * 128, "half-wide tiles exchange 16 floats a lane");
   static_assert(kStages >= 3 && kStages * kTokenSteps >= kTokenWarps);
 };
@@ -184,7 +188,7 @@ struct TileFinder {
   __device__ TileFinder(const KernelParams& p, const Smem<C>& smem) : p(p), smem(smem) { start_gemm(); }
 
   __device__ bool both_parts() const { return C::kGated && gemm == 0; }
-  __device__ int32_t row_step() const { return p.gemm[gemm].tile_rows; }
+  __device__ int32_t row_step() const { return C::kRowsVary ? p.gemm[gemm].tile_rows : gemm == 0 ? C::kGemm1Rows : C::kRows; }
 
   __device__ void start_gemm() {
     const int32_t step = row_step(), k_stages = p.gemm[gemm].k_stages;

@@ -32,9 +32,9 @@ cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t k, int64
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// tokens_by_tma: else they need no tensor maps. tile_rows: from one tile to the next.
+// tokens_by_tma: else they need no tensor maps. box_rows: of a wave that are loaded.
 template <class C>
-cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool tokens_by_tma = true, int32_t tile_rows = C::kRows) {
+cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool tokens_by_tma = true, uint32_t box_rows = C::kWaveRows) {
   using Element = typename C::Element;
   g.parts = args.b_parts;
   g.part_rows = args.n / args.b_parts;
@@ -46,7 +46,7 @@ cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool tokens_by
   g.k_stages = (args.k * int(sizeof(Element)) + 128 * C::kStageBlocks - 1) / (128 * C::kStageBlocks);
   g.k_blocks = (args.k + 127) / 128;
   g.packed_k_blocks = args.k / kPackedBlock;
-  g.tile_rows = tile_rows;
+  g.tile_rows = C::kRows;
   g.out_dtype = args.out_dtype;
   g.bias_dtype = args.bias_dtype;
   g.a_global_scale = args.a_global_scale;
@@ -57,7 +57,7 @@ cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool tokens_by
     if (8 << size >= args.num_rows) break;  // no tile has more
   }
   if (C::kPacked) return cudaSuccess;
-  return make_tensor_map<Element>(&g.weights, args.b, args.k, g.part_rows, int64_t(args.num_experts) * g.parts, std::min(tile_rows, C::kWaveRows));
+  return make_tensor_map<Element>(&g.weights, args.b, args.k, g.part_rows, int64_t(args.num_experts) * g.parts, box_rows);
 }
 
 // Once for each device, where the driver keeps it.
@@ -79,7 +79,8 @@ cudaError_t launch_kernel(const KernelParams& p, int64_t tiles, int num_sms, cud
   return launch(grouped_gemm_kernel<C>, dim3(unsigned(std::min<int64_t>(tiles, num_sms * C::kBlocksPerSm))), dim3(C::kThreads), C::kSmemBytes, stream, p);
 }
 
-inline int64_t row_tiles(const GemmParams& g) { return tiles_of(g.part_rows, g.tile_rows) * g.parts; }
+template <class C>
+int64_t row_tiles(const GemmParams& g) { return tiles_of(g.part_rows, g.tile_rows) * g.parts; }
 
 template <class C>
 cudaError_t launch_plain(const GroupedGemmArgs& args, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
@@ -90,7 +91,7 @@ cudaError_t launch_plain(const GroupedGemmArgs& args, int32_t* tile_counter, int
   p.tile_counter = tile_counter;
   p.num_gemms = 1;
   p.num_experts = args.num_experts;
-  return launch_kernel<C>(p, max_token_tiles(args.num_rows, args.num_experts, C::kMaxTokens) * row_tiles(p.gemm[0]), num_sms, stream);
+  return launch_kernel<C>(p, max_token_tiles(args.num_rows, args.num_experts, C::kMaxTokens) * row_tiles<C>(p.gemm[0]), num_sms, stream);
 }
 
 // FusedGemms::sync: the tile counter, that of a GEMM2 alone, and `ready` of each token tile (gated), each from a cache line of its own, so
@@ -107,11 +108,12 @@ FusedGemmsSizes fused_sizes(const FusedGemms& f) {
 template <class C>
 cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) {
   KernelParams p{};
-  const double hit = expected_hit(double(f.gemm1.num_rows) * f.local_share(), f.gemm1.num_experts);
-  const int32_t gemm1_rows = C::kSplit ? split_gemm1_rows(f.tactic.tiles) : C::kWaveRows;
-  const int32_t gemm2_rows = C::kSplit ? split_gemm2_rows(hit, f.gemm2.n, num_sms, C::kRows) : C::kRows;
-  if (auto e = fill_gemm<C>(p.gemm[0], f.gemm1, !C::kSplit && f.row_to_slot == nullptr, gemm1_rows)) return e;
-  if (auto e = fill_gemm<C>(p.gemm[1], f.gemm2, !C::kSplit, gemm2_rows)) return e;
+  if (auto e = fill_gemm<C>(p.gemm[0], f.gemm1, !C::kSplit && f.row_to_slot == nullptr, C::kFewerRows ? C::kFewerRows : C::kWaveRows)) return e;
+  if (auto e = fill_gemm<C>(p.gemm[1], f.gemm2, !C::kSplit)) return e;
+  if (C::kRowsVary) {
+    p.gemm[0].tile_rows = split_gemm1_rows(f.tactic.tiles);
+    p.gemm[1].tile_rows = split_gemm2_rows(expected_hit(double(f.gemm1.num_rows) * f.local_share(), f.gemm1.num_experts), f.gemm2.n, num_sms, C::kRows);
+  }
   const int64_t token_tiles = max_token_tiles(f.gemm1.num_rows, f.gemm1.num_experts, C::kMaxTokens);
   const int32_t groups = (f.gemm2.k + 127) / 128;
   p.expert_offsets = f.gemm1.expert_offsets;
@@ -144,7 +146,8 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   } else {
     p.gemm[0].out_stride = p.gemm[0].part_rows;
   }
-  const int64_t tiles1 = token_tiles * row_tiles(p.gemm[0]) / (C::kGated ? 2 : 1), tiles2 = token_tiles * row_tiles(p.gemm[1]);  // gated: of both parts
+  const int32_t gemm1_rows = C::kRowsVary ? p.gemm[0].tile_rows : C::kGemm1Rows;
+  const int64_t tiles1 = token_tiles * tiles_of(p.gemm[0].part_rows, gemm1_rows) * (C::kGated ? 1 : 2), tiles2 = token_tiles * row_tiles<C>(p.gemm[1]);
   if (f.tactic.gemm2_alone) {
     p.num_gemms = 1;
     if (auto e = launch_kernel<C>(p, tiles1, num_sms, stream)) return e;
@@ -166,9 +169,10 @@ auto with_fused_config(Tiles tiles, F&& f) {
         return f.template operator()<Config<Element, 32, 4, 1, Mode::split, kPacking>>();
       [[fallthrough]];
     case Tiles::split32:
+      if constexpr (kPacking == Packing::none) return f.template operator()<Config<Element, 32, 1, 1, Mode::split, kPacking, 1, 32>>();
+      [[fallthrough]];
     case Tiles::split64:
-      if constexpr (kPacking == Packing::none && sizeof(Element) == 1)
-        return f.template operator()<Config<Element, 32, 2, 1, Mode::split, kPacking, 1, true>>();
+      if constexpr (kPacking == Packing::none) return f.template operator()<Config<Element, 32, 1, 1, Mode::split, kPacking>>();
       [[fallthrough]];
     case Tiles::split128: return f.template operator()<Config<Element, 32, 2, 1, Mode::split, kPacking>>();
     case Tiles::gated32:

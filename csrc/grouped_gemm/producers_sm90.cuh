@@ -32,7 +32,7 @@ __device__ __forceinline__ void load_packed(const KernelParams& p, const Smem<C>
   int32_t part = 0, row = 0, kb = lane / kBlocks<C>;
   if (used) wave_origin<C>(p, tile, in_block / C::kWarpgroups, part, row);
   const int32_t block = row / kPackedBlock + in_block % C::kWarpgroups;
-  const bool exists = used && block < blocks && (!C::kSplit || in_block * kPackedBlock < g.tile_rows);
+  const bool exists = used && block < blocks && (!C::kRowsVary || in_block * kPackedBlock < g.tile_rows);
   const uint32_t bytes = __popc(__ballot_sync(~0u, exists)) * C::kBlockBytes;
   const int64_t first = (int64_t(tile.expert * g.parts + part) * blocks + block) * g.packed_k_blocks + kb;
   const uint8_t* source = g.packed_weights + first * C::kBlockBytes;
@@ -68,9 +68,8 @@ constexpr int kBlockK = 128 / int(sizeof(typename C::Element));
 template <class C>
 __device__ __forceinline__ void load_plain(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe) {
   auto uniform = [](int x) { return __shfl_sync(~0u, x, 0); };
-  const int gemm = uniform(tile.gemm), lane = threadIdx.x % kLanes;
+  const int gemm = uniform(tile.gemm), bytes = gemm == 0 ? C::kGemm1WeightBytes : C::kWeightBytes, lane = threadIdx.x % kLanes;
   const GemmParams& g = p.gemm[gemm];
-  const int bytes = C::kSplit ? C::kStageBlocks * g.tile_rows * kRowBytes : C::kWeightBytes;
   int row[C::kWaves], group[C::kWaves];
   for (int w = 0; w < C::kWaves; ++w) {
     int32_t part;

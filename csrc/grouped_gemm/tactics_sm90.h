@@ -23,7 +23,7 @@ constexpr int64_t max_token_tiles(int64_t num_rows, int32_t num_experts, int32_t
 enum class Elements { bits16, float8, packed, packed_float8 };  // what is multiplied; packed: weights, by 16-bit tokens or float8 ones
 
 // Tiles of both GEMMs: Mode (sm90_config.h), and weight rows (split) or the most tokens (gated, of 256 weight rows).
-//   split: GEMM1's; see split_gemm2_rows.   split32: not packed.   split256: packed only.
+//   split: GEMM1's rows. GEMM2 has as many, but split32 64, and packed split_gemm2_rows().   split32: not packed.   split256: packed only.
 //   gated32: packed only, two thread blocks an SM.   gathered128: gated128 whose GEMM1 gathers its tokens; the other gated ones read
 //   permuted ones.   split: up to kMaxSplitSlots slots.
 enum class Tiles { split32, split64, split128, split256, gated32, gated64, gated128, gathered128 };
@@ -84,7 +84,7 @@ inline double expected_hit(double rows, int32_t num_experts) { return num_expert
 
 constexpr int32_t split_gemm1_rows(Tiles tiles) { return 32 << int(tiles); }
 
-// Weight rows of split tiles of GEMM2: as few as give no SM two of them, so that a long K keeps as many SMs busy as there are; else `most`.
+// Weight rows of GEMM2's tiles, packed: as few as give no SM two of them, so that a long K keeps as many SMs busy as there are; else `most`.
 inline int32_t split_gemm2_rows(double hit, int64_t hidden_size, int32_t num_sms, int32_t most) {
   for (int32_t rows = 64; rows < most; rows *= 2)
     if (hit * double(tiles_of(hidden_size, rows)) <= num_sms) return rows;
