@@ -13,7 +13,7 @@ DEVICE = "cuda"
 # activations.
 PACKED = ("nvfp4", "mxfp4", "mxfp8")
 W4A8 = "mxfp4 x fp8_block"
-# Activations that are quantised and multiplied as the bf16 numbers they stand for (test_rounded_acts.py has all).
+# Activations that are quantised and multiplied as bf16 (test_rounded_acts.py has all).
 W4A4, MXFP4_MXFP8 = "nvfp4 x nvfp4", "mxfp4 x mxfp8"
 ROUNDED = (W4A4, MXFP4_MXFP8)
 BF16_LAYOUT = (*PACKED, *ROUNDED)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import re
+import resource
+from collections.abc import Callable
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -330,21 +335,60 @@ def test_explain_names_what_default_calls(monkeypatch: pytest.MonkeyPatch) -> No
     assert called == [moe.explain("topk", device="cpu", num_experts=1019, top_k=2).problem]
 
 
+def cxx_default() -> Callable:
+    """fused_moe's kernel for CUDA, which is C++: on a CPU it finds no GPU of its own and asks Python."""
+    if not hasattr(torch.ops.moe, "choose_fused_moe"):
+        pytest.skip("needs a library with kernels for SM90")
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return partial(torch.ops.moe.fused_moe.default.redispatch, cuda)
+
+
+def test_the_librarys_default_asks_python() -> None:
+    call, default = make_moe("fp8_block", num_tokens=3, bias=True), cxx_default()
+    assert torch.equal(call(default), call(torch.ops.moe.fused_moe.default))
+    for wrong in (
+        call.but(call.args[0][:, 1:]),
+        call.but(format="fp4"),
+        call.but(call.args[0].clone().requires_grad_()),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            wrong(torch.ops.moe.fused_moe.default)
+        with pytest.raises(RuntimeError, match=f"^{re.escape(str(caught.value))}$"):
+            wrong(default)
+
+
+def test_the_librarys_default_keeps_no_memory() -> None:
+    """torch's own conversions of strings lose some for each."""
+    call, default = make_moe("bf16", num_tokens=1, hidden_size=8, intermediate_size=8), cxx_default()
+
+    def resident() -> int:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    for _ in range(200):
+        call(default)
+    before = resident()
+    for _ in range(3000):
+        call(default)
+    assert resident() - before < 3000 * 100
+
+
 def test_exceptions_on_their_way_through_the_shared_library_are_text() -> None:
-    call, default = make_moe("bf16", num_tokens=3), torch.ops.moe.fused_moe.default
-    assert torch.equal(call(partial(_library._answer, default)), call(default))
-    wrong = call.but(call.args[0][:, 1:])
-    with pytest.raises(RuntimeError) as caught:
-        wrong(default)
-    assert wrong(partial(_library._answer, default)) is None
-    assert torch.ops.moe.why_not() == str(caught.value)
     assert _library._answer(lambda: {}["where"]) is None
-    assert "in <lambda>" in torch.ops.moe.why_not() and torch.ops.moe.why_not().endswith("KeyError: 'where'\n")
+    assert "in <lambda>" in _library._why_not() and _library._why_not().endswith("KeyError: 'where'\n")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        assert _library._answer(interrupted) is None and _library._why_not() == "interrupted"
+        while True:  # until the interpreter looks
+            pass
 
 
 def test_any_requires_grad() -> None:
     tensors = [torch.zeros(2), torch.zeros(2, requires_grad=True)]
-    assert torch.ops.moe.any_requires_grad(tensors) and not torch.ops.moe.any_requires_grad(tensors[:1])
+    assert _library._any_requires_grad(tensors) and not _library._any_requires_grad(tensors[:1])
 
 
 def test_explain_refuses_what_no_backend_is_asked_about() -> None:

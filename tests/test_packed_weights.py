@@ -12,7 +12,7 @@ from torch import Tensor
 
 import torch_moe_ops as moe
 from torch_moe_ops.formats import FORMATS, unpack_e2m1
-from torch_moe_ops.packed_weights import REGISTER_BITS, ROTATIONS
+from torch_moe_ops.packed_weights import REGISTER_BITS, ROTATIONS, ROUNDED_ACTS
 
 PACKABLE = ("nvfp4", "mxfp4", "mxfp8")
 # What the kernel's products of value and scale are multiplied by, and the bytes of a block's values and of all of it.
@@ -164,6 +164,20 @@ def test_experts(format: str) -> None:
     other = moe.Experts.from_weights(*weights, format=format, act_format="bf16").packed()
     other.load_state_dict(packed.state_dict())
     assert torch.equal(torch.compile(other, fullgraph=True, dynamic=True)(*inputs), experts(*inputs))
+
+
+@pytest.mark.parametrize("act_format", ["bf16", "fp8_block", "fp8_block_e8m0", "mxfp8", "mxfp4", "nvfp4"])
+def test_experts_are_packed_for_their_activations(format: str, act_format: str) -> None:
+    """In the layout for those, if there is one, else in that for bf16 ones."""
+    has_layout = (format, act_format) == ("mxfp4", "fp8_block")
+    if not has_layout and act_format not in ("bf16", *ROUNDED_ACTS[format]):
+        pytest.skip(f"{format} weights are not multiplied by {act_format} activations so")
+    weights = torch.randn(4, 2 * 64, 128).bfloat16(), torch.randn(4, 128, 64).bfloat16()
+    experts = moe.Experts.from_weights(*weights, format=format, act_format=act_format)
+    packed = experts.packed()
+    assert packed.w2.shape[-1] == (2240 if has_layout else BLOCK_BYTES[format][1])
+    inputs = torch.randn(3, 128).bfloat16(), torch.rand(3, 2), torch.tensor([[0, 1], [-1, 3], [2, 1]]).int()
+    assert torch.equal(packed(*inputs), experts(*inputs))
 
 
 def line(error: type[Exception], function: object, *args: object, **options: object) -> str:

@@ -68,6 +68,19 @@ def test_the_rule_is_the_same_in_cxx(host, facts: tune.Facts) -> None:
     assert chosen in host.possible_tactics(in_cxx(facts))
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    hit=st.floats(0, 64),
+    hidden_size=st.integers(1, 256).map(lambda n: 64 * n),
+    num_sms=st.sampled_from([NUM_SMS, 16]),
+    most=st.sampled_from([128, 256]),
+)
+def test_rows_of_gemm2(host, hit: float, hidden_size: int, num_sms: int, most: int) -> None:
+    """Packed split tiles of GEMM2: the fewest rows that give no SM two tiles."""
+    few = [rows for rows in (64, 128, 256) if rows < most and hit * math.ceil(hidden_size / rows) <= num_sms]
+    assert host.split_gemm2_rows(hit, hidden_size, num_sms, most) == (few or [most])[0]
+
+
 @pytest.mark.parametrize("elements", tune.ELEMENTS)
 def test_what_is_timed_is_possible_and_holds_what_is_chosen(host, elements: str) -> None:
     for facts in measured_facts(elements):

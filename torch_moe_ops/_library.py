@@ -12,9 +12,11 @@ same names (`moe::X.cuda`) and may be absent. Where it has a GEMM and no fused l
 
 from __future__ import annotations
 
+import _thread
 import importlib
 import importlib.util
 import os
+import re
 import threading
 import traceback
 from collections.abc import Callable
@@ -43,6 +45,9 @@ REMEMBERED_CALLS = 4096
 
 # Of a thread: `checked`, whether what is called next has had its arguments checked; `why_not`, see _answer.
 _CALL = threading.local()
+
+# By the number that _number_of gave them.
+_TEXTS: list[str] = []
 
 
 def _call_checked(overload: torch._ops.OpOverload, args: tuple, options: dict) -> object:
@@ -124,9 +129,22 @@ def _register_default(op: str) -> None:
 
 
 def _register_choose(op: str, default: Callable) -> None:
-    """`default` for the shared library's own."""
-    LIBRARY.define(f"choose_{op}{_schema(op)}?")
-    LIBRARY.impl(f"choose_{op}", partial(_answer, default), "CUDA")
+    """`default` for the shared library's own. Strings come as numbers: see _number_of."""
+    texts = [argument.name for argument in _overload(op, "default")._schema.arguments if str(argument.type) == "str"]
+
+    def choose(*args, **options) -> torch.Tensor | None:
+        return _answer(default, *args, **options | {name: _TEXTS[options[name]] for name in texts})
+
+    schema = re.sub('str (.*?)=".*?"', r"int \1", _schema(op))
+    LIBRARY.define(f"choose_{op}{schema}?")
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(f"choose_{op}", choose, key)
+    for schema, kernel in (
+        ("why_not() -> str", _why_not),
+        ("number_of(str text) -> int", _number_of),
+        ("any_requires_grad(Tensor[] tensors) -> bool", _any_requires_grad),
+    ):
+        LIBRARY.impl(LIBRARY.define(schema), kernel, "CompositeExplicitAutograd")
 
 
 def _answer(function: Callable, *args, **options) -> torch.Tensor | None:
@@ -135,13 +153,22 @@ def _answer(function: Callable, *args, **options) -> torch.Tensor | None:
         return function(*args, **options)
     except RuntimeError as error:
         _CALL.why_not = str(error)
-    except Exception:  # not foreseen, so where it happened is worth knowing
+    except KeyboardInterrupt:
+        _CALL.why_not = "interrupted"
+        _thread.interrupt_main()  # raised again when the call is over
+    except BaseException:  # not foreseen, so where it happened is worth knowing
         _CALL.why_not = traceback.format_exc()
     return None
 
 
 def _why_not() -> str:
     return _CALL.why_not
+
+
+def _number_of(text: str) -> int:
+    """The shared library asks once for each string: libtorch loses some memory for every one that it is passed."""
+    _TEXTS.append(text)
+    return len(_TEXTS) - 1
 
 
 def _any_requires_grad(tensors: list[torch.Tensor]) -> bool:
@@ -209,11 +236,6 @@ def _argument_names(op: str) -> list[str]:
 
 for _op in OPS:
     _define(_op)
-for _schema_text, _kernel in (  # for the shared library
-    ("any_requires_grad(Tensor[] tensors) -> bool", _any_requires_grad),
-    ("why_not() -> str", _why_not),
-):
-    LIBRARY.impl(LIBRARY.define(_schema_text), _kernel, "CompositeExplicitAutograd")
 if SHARED_LIBRARY.exists():
     torch.ops.load_library(str(SHARED_LIBRARY))
 for _op in OPS:

@@ -245,7 +245,7 @@ def _refuses_formats(op: str, backend: str, format: str, act_format: str, packed
 
 
 def _rounded_acts(op: str, backend: str, format: str) -> tuple[str, ...]:
-    """The activations that are quantised and multiplied as what they stand for, at the rate of bf16."""
+    """The activations that are quantised and multiplied as the bf16 numbers next to what they stand for."""
     return ROUNDED_ACTS.get(format, ()) if (op, backend) == ("fused_moe", "cutlass_sm90") else ()
 
 

@@ -196,9 +196,9 @@ namespace {
 constexpr const char* kOp = "act_mul";
 
 std::tuple<Tensor, Tensor> act_mul_cuda(const Tensor& gate_up, const Tensor& expert_offsets,
-                                        const std::string& activation, double alpha, double beta,
-                                        const std::optional<double>& limit, const std::string& layout,
-                                        const std::string& format_name, const std::optional<Tensor>& global_scale) {
+                                        const Text& activation, double alpha, double beta,
+                                        const std::optional<double>& limit, const Text& layout,
+                                        const Text& format_name, const std::optional<Tensor>& global_scale) {
   ActMulArgs args;
   args.format = parse_format(kOp, format_name);
   args.activation = parse_activation(kOp, activation, alpha, beta, limit);

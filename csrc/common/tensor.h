@@ -8,6 +8,7 @@
 
 #include "common/check.h"
 #include "common/formats.h"
+#include "common/text.h"
 
 namespace moe {
 

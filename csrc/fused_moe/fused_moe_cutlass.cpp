@@ -9,8 +9,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <array>
+#include <mutex>
 #include <stdexcept>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "act_mul/act_mul.h"
@@ -245,14 +247,14 @@ sm90::Tactic tactic_of(const sm90::LayerFacts& facts, const std::string& name) {
 }
 
 // tactic: empty, or the name of one for the two fused GEMMs.
-Tensor run_layer(const std::string& tactic, const Tensor& hidden_states, const Tensor& w13, const Tensor& w2, const Tensor& topk_weights,
+Tensor run_layer(const Text& tactic, const Tensor& hidden_states, const Tensor& w13, const Tensor& w2, const Tensor& topk_weights,
                  const Tensor& topk_ids, const std::optional<Tensor>& w13_scale, const std::optional<Tensor>& w2_scale,
                  const std::optional<Tensor>& w13_global_scale, const std::optional<Tensor>& w2_global_scale,
                  const std::optional<Tensor>& a13_global_scale, const std::optional<Tensor>& a2_global_scale,
                  const std::optional<Tensor>& w13_bias, const std::optional<Tensor>& w2_bias, const std::optional<Tensor>& expert_map,
-                 const std::string& format, const std::string& act_format, const std::string& activation, double alpha, double beta,
+                 const Text& format, const Text& act_format, const Text& activation, double alpha, double beta,
                  const std::optional<double>& limit, double routed_scaling_factor, bool apply_router_weight_on_input,
-                 const std::string& w13_layout) {
+                 const Text& w13_layout) {
   Layer layer;
   const Format weight_format = parse_format(kOp, format);
   MOE_EXPECT(takes_acts(act_format_of(w13, weight_format)), kOp, "format",
@@ -342,6 +344,25 @@ bool any_requires_grad(const Args&... args) {
   return call_python<bool>("moe::any_requires_grad", std::array{torch::stable::detail::from(tensors)});
 }
 
+// Python's number for a string. A call through the dispatcher leaks the strings that it takes, so each makes the way once.
+int64_t number_of(const Text& text) {
+  static std::mutex mutex;
+  static std::unordered_map<std::string, int64_t> numbers;
+  {
+    const std::lock_guard lock(mutex);
+    if (const auto known = numbers.find(text); known != numbers.end()) return known->second;
+  }
+  const auto number = call_python<int64_t>("moe::number_of", std::array{torch::stable::detail::from(std::string(text))});
+  const std::lock_guard lock(mutex);
+  return numbers.try_emplace(text, number).first->second;
+}
+
+template <typename Arg>
+StableIValue for_python(const Arg& arg) {
+  if constexpr (std::is_same_v<Arg, Text>) return torch::stable::detail::from(number_of(arg));
+  else return torch::stable::detail::from(arg);
+}
+
 bool is_sm90(const Tensor& tensor) {
   const int device = tensor.is_cuda() ? tensor.get_device_index() : -1;
   int major = 0, minor = 0;
@@ -352,7 +373,7 @@ bool is_sm90(const Tensor& tensor) {
 // The ops that take a layer's arguments alone; the tactic is chosen.
 template <auto kFunction>
 struct Chosen;
-template <typename... Args, Tensor (*kFunction)(const std::string&, Args...)>
+template <typename... Args, Tensor (*kFunction)(const Text&, Args...)>
 struct Chosen<kFunction> {
   static Tensor run(Args... args) { return kFunction({}, args...); }
 
@@ -371,9 +392,9 @@ struct Chosen<kFunction> {
   // fused_moe itself. Checks and choice in Python cost the host more than this whole function, so it is asked only if needed.
   static Tensor run_default(Args... args) {
     if (std::optional<Tensor> output = try_run(args...)) return *output;
-    if (const auto output = call_python<std::optional<Tensor>>("moe::choose_fused_moe", std::array{torch::stable::detail::from(args)...}))
+    if (const auto output = call_python<std::optional<Tensor>>("moe::choose_fused_moe", std::array{for_python(args)...}))
       return *output;
-    throw std::runtime_error(call_python<std::string>("moe::why_not", std::array<StableIValue, 1>{}));
+    throw std::runtime_error(call_python<Text>("moe::why_not", std::array<StableIValue, 1>{}));
   }
 };
 

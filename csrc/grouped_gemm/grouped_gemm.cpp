@@ -169,7 +169,7 @@ template <auto kWhyNot, auto kWorkspaceBytes, auto kRun, BlockScaledFamily kBloc
 Tensor grouped_gemm_op(const Tensor& a, const Tensor& b, const Tensor& expert_offsets, const std::optional<Tensor>& a_scale,
                        const std::optional<Tensor>& b_scale, const std::optional<Tensor>& a_global_scale,
                        const std::optional<Tensor>& b_global_scale, const std::optional<Tensor>& bias,
-                       const std::optional<Tensor>& expert_rows, const std::string& format, const std::string& act_format,
+                       const std::optional<Tensor>& expert_rows, const Text& format, const Text& act_format,
                        int64_t b_parts, const std::optional<ScalarType>& out_dtype) {
   const Format parsed = parse_format(kOp, format);
   const Format parsed_act = act_format.empty() ? parsed : parse_format(kOp, act_format);

@@ -45,7 +45,7 @@ Tensor empty_packed(ScaleArgs& args, const Tensor& scale) {
   return packed;
 }
 
-Tensor pack_scale_cuda(const Tensor& scale, const std::string& layout, const std::optional<Tensor>& expert_offsets) {
+Tensor pack_scale_cuda(const Tensor& scale, const Text& layout, const std::optional<Tensor>& expert_offsets) {
   constexpr const char* kOp = "pack_scale";
   MOE_EXPECT(is_one_byte(scale) && (scale.dim() == 2 || scale.dim() == 3), kOp, "scale",
              "one byte a scale, [rows, columns] or [E, rows, columns]", describe(scale));

@@ -175,7 +175,7 @@ cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
 namespace {
 
 std::tuple<Tensor, Tensor> permute_cuda(const Tensor& hidden_states, const Tensor& slot_to_row, int64_t num_rows,
-                                        const std::string& format_name, const std::optional<Tensor>& global_scale,
+                                        const Text& format_name, const std::optional<Tensor>& global_scale,
                                         const std::optional<Tensor>& expert_offsets,
                                         const std::optional<Tensor>& topk_weights) {
   constexpr const char* kOp = "permute";

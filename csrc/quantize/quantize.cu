@@ -71,7 +71,7 @@ cudaError_t quantize(const QuantizeArgs& args, cudaStream_t stream) {
 
 namespace {
 
-std::tuple<Tensor, Tensor> quantize_cuda(const Tensor& input, const std::string& format_name,
+std::tuple<Tensor, Tensor> quantize_cuda(const Tensor& input, const Text& format_name,
                                          const std::optional<Tensor>& global_scale) {
   constexpr const char* kOp = "quantize";
   const Format format = parse_format(kOp, format_name);

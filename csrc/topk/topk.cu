@@ -242,7 +242,7 @@ void check_topk(const TopkArgs& args) {
   MOE_EXPECT(args.top_k >= 1 && args.top_k <= candidates, kOp, "top_k", "1 to " << candidates, args.top_k);
 }
 
-std::tuple<Tensor, Tensor> topk_cuda(const Tensor& router_logits, int64_t top_k, const std::string& scoring,
+std::tuple<Tensor, Tensor> topk_cuda(const Tensor& router_logits, int64_t top_k, const Text& scoring,
                                      const std::optional<Tensor>& correction_bias, int64_t num_groups,
                                      int64_t topk_groups, bool renormalize, double routed_scaling_factor) {
   constexpr const char* kOp = "topk";

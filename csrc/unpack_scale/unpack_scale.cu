@@ -19,7 +19,7 @@ bool fits(const Tensor& packed, const ScaleArgs& args, int64_t lead) {
   return (sizes[0] <= 1 || packed.stride(lead) == 1) && (sizes[1] <= 1 || packed.stride(lead + 1) >= sizes[0]);  // MN-major
 }
 
-Tensor unpack_scale_cuda(const Tensor& packed, const std::string& layout, int64_t rows, int64_t columns,
+Tensor unpack_scale_cuda(const Tensor& packed, const Text& layout, int64_t rows, int64_t columns,
                          ScalarType dtype, const std::optional<Tensor>& expert_offsets) {
   constexpr const char* kOp = "unpack_scale";
   const bool is_atom = parse_scale_layout(kOp, layout) == ScaleLayout::atom;

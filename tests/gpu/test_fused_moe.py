@@ -516,13 +516,16 @@ def test_default_is_what_explain_names(format: str) -> None:
 
 def test_default_without_gradients() -> None:
     """Recorded or not: the same bits, and only a gradient that would be lost is refused."""
-    for format in ("fp8_block", "int8"):  # the kernel of SM90, and Triton, whom Python finds
+    for format, asked in (("fp8_block", False), ("int8", True)):  # the kernel of SM90, and Triton, whom Python finds
         call = make_moe(format, num_tokens=3, device=DEVICE)
         expected = call(overload("default"))
         grown = call.but(call.args[0].clone().requires_grad_())
         for context in (torch.no_grad, torch.inference_mode):
             with context():
-                assert torch.equal(call(overload("default")), expected)
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                    assert torch.equal(call(overload("default")), expected)
+                if not why_not("cutlass_sm90"):
+                    assert any(event.name == "moe::choose_fused_moe" for event in profile.events()) is asked
                 assert torch.equal(grown(overload("default")), expected)
         assert message(overload("default"), grown).startswith("fused_moe: hidden_states: expected no grad, got ")
 

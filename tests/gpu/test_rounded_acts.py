@@ -1,4 +1,4 @@
-"""fused_moe of packed weights by activations that are quantised, then multiplied as the bf16 numbers they stand for.
+"""fused_moe of packed weights by activations that are quantised, then multiplied as bf16, as what they stand for.
 
 The yardstick: the stages one by one, of which `permute` and `act_mul` quantise; their numbers, dequantised by torch,
 are given to the grouped GEMM as bf16 ones. The same bits are asked for.

@@ -104,10 +104,12 @@ def main(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def failed(args: argparse.Namespace, case: _layer.Case, format: str, num_tokens: int, error: Exception) -> Point:
+def failed(
+    args: argparse.Namespace, case: _layer.Case, format: str, tokens: int, error: Exception, what: str = "fused_moe"
+) -> Point:
     formats = dict(format=format, act_format=args.act_format or format)
-    what = dict(what="fused_moe", case=case.name, **formats, tokens=num_tokens, routing=args.routing)
-    return Point(**what, backend=args.backend, error=one_line(error))
+    facts = dict(what=what, case=case.name, **formats, tokens=tokens, routing=args.routing)
+    return Point(**facts, backend=args.backend, error=one_line(error))
 
 
 def points_at(args: argparse.Namespace, case: _layer.Case, experts: Experts, num_tokens: int) -> list[Point]:
@@ -116,7 +118,10 @@ def points_at(args: argparse.Namespace, case: _layer.Case, experts: Experts, num
     if not points[0].ok:
         return points
     if args.stages or args.gemm:
-        points += measure_stages(*what, timed=None if args.stages else GEMMS)
+        try:
+            points += measure_stages(*what, timed=None if args.stages else GEMMS)
+        except RuntimeError as error:  # what the fused kernel takes may be nobody's GEMM
+            points.append(failed(args, case, experts.format, num_tokens, error, "stages"))
     if args.host and experts.w13.is_cuda:
         points.append(measure_host_call(*what))
     return points
