@@ -12,7 +12,6 @@ same names (`moe::X.cuda`) and may be absent. Where it has a GEMM and no fused l
 
 from __future__ import annotations
 
-import _thread
 import importlib
 import importlib.util
 import os
@@ -43,8 +42,11 @@ STAGED = ("cutlass_sm100", "cutlass_sm120")
 # Sets of static facts that `default` of an op remembers, about 2 KiB each: every number of tokens of a few layers.
 REMEMBERED_CALLS = 4096
 
-# Of a thread: `checked`, whether what is called next has had its arguments checked; `why_not`, see _answer.
+# Whether what is called next on this thread has had its arguments checked.
 _CALL = threading.local()
+
+# Thread -> what _answer has to say there: of a thread that is not Python's nothing else lasts from call to call.
+_WHY_NOT: dict[int, str] = {}
 
 # By the number that _number_of gave them.
 _TEXTS: list[str] = []
@@ -152,17 +154,16 @@ def _answer(function: Callable, *args, **options) -> torch.Tensor | None:
     try:
         return function(*args, **options)
     except RuntimeError as error:
-        _CALL.why_not = str(error)
+        _WHY_NOT[threading.get_ident()] = str(error)
     except KeyboardInterrupt:
-        _CALL.why_not = "interrupted"
-        _thread.interrupt_main()  # raised again when the call is over
+        _WHY_NOT[threading.get_ident()] = "interrupted"  # the shared library raises the signal again
     except BaseException:  # not foreseen, so where it happened is worth knowing
-        _CALL.why_not = traceback.format_exc()
+        _WHY_NOT[threading.get_ident()] = traceback.format_exc()
     return None
 
 
 def _why_not() -> str:
-    return _CALL.why_not
+    return _WHY_NOT.pop(threading.get_ident())
 
 
 def _number_of(text: str) -> int:

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <array>
+#include <csignal>
 #include <mutex>
 #include <stdexcept>
 #include <tuple>
@@ -394,7 +395,9 @@ struct Chosen<kFunction> {
     if (std::optional<Tensor> output = try_run(args...)) return *output;
     if (const auto output = call_python<std::optional<Tensor>>("moe::choose_fused_moe", std::array{for_python(args)...}))
       return *output;
-    throw std::runtime_error(call_python<Text>("moe::why_not", std::array<StableIValue, 1>{}));
+    const auto why_not = call_python<Text>("moe::why_not", std::array<StableIValue, 1>{});
+    if (why_not == "interrupted") std::raise(SIGINT);  // once more, for Python as soon as it goes on
+    throw std::runtime_error(why_not);
   }
 };
 
