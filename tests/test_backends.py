@@ -365,12 +365,14 @@ def test_the_librarys_default_keeps_no_memory() -> None:
         gc.collect()
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-    for _ in range(200):
-        call(default)
-    before = resident()
-    for _ in range(3000):
-        call(default)
-    assert resident() - before < 3000 * 100
+    def growth(calls: int) -> int:
+        before = resident()
+        for _ in range(calls):
+            call(default)
+        return resident() - before
+
+    growth(200)
+    assert min(growth(1000) for _ in range(3)) < 1000 * 100  # others allocate, too, but not each time
 
 
 def test_exceptions_on_their_way_through_the_shared_library_are_text() -> None:
