@@ -14,6 +14,7 @@ from expecttest import assert_expected_inline
 
 import torch_moe_ops as moe
 from torch_moe_ops.cli import _layer, bench, demo, main
+from torch_moe_ops.cli import bench as cli_bench
 from torch_moe_ops.cli.bench import compare, host, measure, results, stages
 
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
@@ -230,6 +231,19 @@ def test_gemm_times_the_two_gemms_only(capsys, monkeypatch, tmp_path):
     hidden, intermediate = _layer.TINY.hidden_size, _layer.TINY.intermediate_size
     for point, n, k in ((points[1], 2 * intermediate, hidden), (points[2], hidden, intermediate)):
         assert point["us"] == 1.0 and point["tflops"] == round(2 * point["slots"] * n * k / 1e6, 2)
+
+
+def test_stages_that_nobody_has_leave_the_layer(capsys, monkeypatch, tmp_path):
+    def refused(*args, **options):
+        raise RuntimeError("grouped_gemm: no backend")
+
+    monkeypatch.setattr(cli_bench, "measure_stages", refused)
+    path = tmp_path / "points.jsonl"
+    argv = ("bench", "--tiny", "--formats", "bf16", "--tokens", "1", "--gemm", "--json", str(path))
+    assert run(capsys, *argv)[0] == 1
+    layer, failed = results.read_results(path)[1]
+    assert layer["what"] == "fused_moe" and layer["ok"]
+    assert (failed["what"], failed["ok"], failed["error"]) == ("stages", False, "grouped_gemm: no backend")
 
 
 def test_zipf_bench_says_so(capsys, tmp_path):

@@ -48,9 +48,6 @@ _CALL = threading.local()
 # Thread -> what _answer has to say there: of a thread that is not Python's nothing else lasts from call to call.
 _WHY_NOT: dict[int, str] = {}
 
-# By the number that _number_of gave them.
-_TEXTS: list[str] = []
-
 
 def _call_checked(overload: torch._ops.OpOverload, args: tuple, options: dict) -> object:
     """Below autograd, where it does not check again."""
@@ -131,19 +128,19 @@ def _register_default(op: str) -> None:
 
 
 def _register_choose(op: str, default: Callable) -> None:
-    """`default` for the shared library's own. Strings come as numbers: see _number_of."""
+    """`default` for the shared library's own. Strings come as tensors of their bytes: libtorch would leak them."""
     texts = [argument.name for argument in _overload(op, "default")._schema.arguments if str(argument.type) == "str"]
 
     def choose(*args, **options) -> torch.Tensor | None:
-        return _answer(default, *args, **options | {name: _TEXTS[options[name]] for name in texts})
+        strings = {name: bytes(options[name].tolist()).decode() for name in texts}
+        return _answer(default, *args, **options | strings)
 
-    schema = re.sub('str (.*?)=".*?"', r"int \1", _schema(op))
+    schema = re.sub('str (.*?)=".*?"', r"Tensor \1", _schema(op))
     LIBRARY.define(f"choose_{op}{schema}?")
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(f"choose_{op}", choose, key)
     for schema, kernel in (
         ("why_not() -> str", _why_not),
-        ("number_of(str text) -> int", _number_of),
         ("any_requires_grad(Tensor[] tensors) -> bool", _any_requires_grad),
     ):
         LIBRARY.impl(LIBRARY.define(schema), kernel, "CompositeExplicitAutograd")
@@ -164,12 +161,6 @@ def _answer(function: Callable, *args, **options) -> torch.Tensor | None:
 
 def _why_not() -> str:
     return _WHY_NOT.pop(threading.get_ident())
-
-
-def _number_of(text: str) -> int:
-    """The shared library asks once for each string: libtorch loses some memory for every one that it is passed."""
-    _TEXTS.append(text)
-    return len(_TEXTS) - 1
 
 
 def _any_requires_grad(tensors: list[torch.Tensor]) -> bool:

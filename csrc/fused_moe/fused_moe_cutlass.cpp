@@ -10,10 +10,9 @@
 
 #include <array>
 #include <csignal>
-#include <mutex>
+#include <cstring>
 #include <stdexcept>
 #include <tuple>
-#include <unordered_map>
 #include <vector>
 
 #include "act_mul/act_mul.h"
@@ -345,23 +344,20 @@ bool any_requires_grad(const Args&... args) {
   return call_python<bool>("moe::any_requires_grad", std::array{torch::stable::detail::from(tensors)});
 }
 
-// Python's number for a string. A call through the dispatcher leaks the strings that it takes, so each makes the way once.
-int64_t number_of(const Text& text) {
-  static std::mutex mutex;
-  static std::unordered_map<std::string, int64_t> numbers;
-  {
-    const std::lock_guard lock(mutex);
-    if (const auto known = numbers.find(text); known != numbers.end()) return known->second;
-  }
-  const auto number = call_python<int64_t>("moe::number_of", std::array{torch::stable::detail::from(std::string(text))});
-  const std::lock_guard lock(mutex);
-  return numbers.try_emplace(text, number).first->second;
-}
-
+// A string becomes a tensor of its bytes on the CPU, because a call through the dispatcher leaks strings.
 template <typename Arg>
 StableIValue for_python(const Arg& arg) {
-  if constexpr (std::is_same_v<Arg, Text>) return torch::stable::detail::from(number_of(arg));
-  else return torch::stable::detail::from(arg);
+  if constexpr (std::is_same_v<Arg, Text>) {
+    const auto size = static_cast<int64_t>(arg.size());
+    const int64_t stride = 1;
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0, &handle));
+    const Tensor bytes(handle);
+    std::memcpy(bytes.data_ptr(), arg.data(), arg.size());
+    return torch::stable::detail::from(bytes);
+  } else {
+    return torch::stable::detail::from(arg);
+  }
 }
 
 bool is_sm90(const Tensor& tensor) {
