@@ -22,9 +22,9 @@ __device__ __forceinline__ void bulk_load(uint32_t smem, const void* source, uin
 }
 
 // Warp 0: a tile's packed weights, a block for each wave and warpgroup, and a lane for each of those; blocks past the last row are left
-// out. Past the last k the last block is loaded once more: the tokens are 0 there.
-template <class C>
-__device__ __forceinline__ void load_packed(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe) {
+// out. Past the last k the last block is loaded once more: the tokens are 0 there. Calls before_stage(0), before_stage(1), ..
+template <class C, class F>
+__device__ __forceinline__ void load_packed(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe, F&& before_stage) {
   const GemmParams& g = p.gemm[tile.gemm];
   const int lane = threadIdx.x & 31, blocks = g.part_rows / kPackedBlock;  // of a part
   const bool used = lane < kBlocks<C> * C::kStageWeightBlocks;
@@ -38,6 +38,7 @@ __device__ __forceinline__ void load_packed(const KernelParams& p, const Smem<C>
   const uint8_t* source = g.packed_weights + first * C::kBlockBytes;
   const uint32_t target = smem.weights + lane * C::kBlockBytes;
   for (int stage = 0; stage < g.k_stages; ++stage, pipe.advance(), source += C::kStageWeightBlocks * C::kBlockBytes) {
+    before_stage(stage);
     if constexpr (C::kStageWeightBlocks == 2) {
       if (kb == g.packed_k_blocks) source -= C::kBlockBytes;
       kb += 2;
@@ -65,8 +66,8 @@ constexpr int kBlockK = 128 / int(sizeof(typename C::Element));
 
 // Warp 0: a tile's weights that are not packed; float8: first their scales, to L2, long before the token warps read them. All lanes go through
 // the loop, with what the compiler knows to be uniform: else it moves the operands of each copy to uniform registers in a loop of its own.
-template <class C>
-__device__ __forceinline__ void load_plain(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe) {
+template <class C, class F>
+__device__ __forceinline__ void load_plain(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe, F&& before_stage) {
   auto uniform = [](int x) { return __shfl_sync(~0u, x, 0); };
   const int gemm = uniform(tile.gemm), bytes = gemm == 0 ? C::kGemm1WeightBytes : C::kWeightBytes, lane = threadIdx.x % kLanes;
   const GemmParams& g = p.gemm[gemm];
@@ -83,6 +84,7 @@ __device__ __forceinline__ void load_plain(const KernelParams& p, const Smem<C>&
   pipe = {uniform(pipe.stage), uint32_t(uniform(pipe.phase))};
 #pragma unroll 1
   for (int kb = 0; kb < g.k_stages; ++kb, pipe.advance()) {
+    before_stage(kb);
     smem.empty[pipe.stage].wait(pipe.phase ^ 1);
     if (lane > 0) continue;
     Barrier& full = smem.full[pipe.stage];
@@ -94,8 +96,11 @@ __device__ __forceinline__ void load_plain(const KernelParams& p, const Smem<C>&
   }
 }
 
-// Warp 0: draws tiles, tells the other warps, and fills the stages with weights. What comes next is drawn before the current tile is
-// loaded, so the counter's latency is hidden. `drawn` is lane 0's first tile. Split: the second one is drawn once the first is loaded and all
+constexpr int kDrawAhead = 4;  // stages
+
+// Warp 0: draws tiles, tells the other warps, and fills the stages with weights. What comes next is drawn a few stages before it is loaded, which
+// hides the counter's latency. Not earlier: tiles differ in how long they take, and those with the same weights, if neighbours begin one after the
+// other, read them from memory once. `drawn` is lane 0's first tile. Split: the second one is drawn once the first is loaded and all
 // thread blocks have theirs, because some start later, and tiles are few and long (4 tokens of DeepSeek-V3 TP8: 64 us if not, 55 so).
 // Short tiles are taken several neighbours at a time, because drawing and finding one takes longer than loading it: narrow ones by their stages
 // (TileFinder), and all of GEMM2 where it is split. Those are drawn, too, if thread blocks differ in how much of GEMM1 they had; where that
@@ -109,6 +114,7 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
   const int32_t gemm1_tiles = finder.end, grid = gridDim.x;
   int32_t index = 0, last = 0;
   bool first_draw = C::kSplit;  // still to come
+  int draw_at = 0;              // stages of the current tile and its neighbours to be loaded before the next draw; -1: not among them
   Tile tile;
   auto draw = [&] { drawn = p.tile_counter == nullptr ? drawn + grid : atomicAdd(p.tile_counter, 1); };  // the leader
   while (true) {
@@ -129,8 +135,8 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
       } else {
         finder.tiles_of(number, index, last);
       }
-      if (leader && !first_draw) draw();
       tile = finder.find(index);
+      draw_at = first_draw ? -1 : max(0, (last - index) * p.gemm[tile.gemm].k_stages - kDrawAhead);
     }
     smem.tile_empty[slot.stage].wait(slot.phase ^ 1);
     if (leader) {
@@ -139,8 +145,12 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
     }
     slot.advance();
     if (tile.size == 0) return;
-    if constexpr (C::kPacked) load_packed<C>(p, smem, tile, pipe);
-    else load_plain<C>(p, smem, tile, pipe);
+    auto before_stage = [&](int stage) {
+      if (stage == draw_at && leader) draw();
+    };
+    if constexpr (C::kPacked) load_packed<C>(p, smem, tile, pipe, before_stage);
+    else load_plain<C>(p, smem, tile, pipe, before_stage);
+    draw_at -= p.gemm[tile.gemm].k_stages;
     if (first_draw && leader) {
       for (int tries = 0; tries < 20 && load_acquire(p.tile_counter) < grid; ++tries) __nanosleep(100);
       draw();
