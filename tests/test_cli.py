@@ -344,7 +344,7 @@ def test_budget_skips_the_rest(capsys):
 
 def test_cases_and_inputs():
     """The sizes by hand; ids of other ranks are -1, and token 0 always has a local expert."""
-    sizes = {case.name: tuple(vars(case).values())[1:] for case in _layer.CASES.values()}
+    sizes = {case.name: tuple(vars(case).values())[1:6] for case in _layer.CASES.values()}
     assert sizes == {
         "dsv3_ep8": (32, 256, 7168, 2048, 8),
         "dsv3_tp8": (256, 256, 7168, 256, 8),
@@ -357,6 +357,8 @@ def test_cases_and_inputs():
         "kimi_k2_ep8": (48, 384, 7168, 2048, 8),
         "dsv4pro_ep8": (48, 384, 7168, 3072, 6),
     }
+    groups = {case.name: (case.num_groups, case.topk_groups) for case in _layer.CASES.values() if case.num_groups > 1}
+    assert groups == {"dsv3_ep8": (8, 4), "dsv3_tp8": (8, 4)}
     assert list(sizes) == [*bench.case_names("default"), *bench.case_names("untuned")] == bench.case_names("all")
     assert len(bench.case_names("default")) == 6
     assert bench.case_names("mixtral,untuned,dsv2,mixtral") == ["mixtral", *bench.case_names("untuned")]

@@ -71,14 +71,24 @@ def test_the_rule_is_the_same_in_cxx(host, facts: tune.Facts) -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     hit=st.floats(0, 64),
-    hidden_size=st.integers(1, 256).map(lambda n: 64 * n),
+    part_rows=st.integers(1, 2048).map(lambda n: 8 * n),
+    parts=st.sampled_from([1, 2]),
     num_sms=st.sampled_from([NUM_SMS, 16]),
-    most=st.sampled_from([128, 256]),
+    most=st.sampled_from([32, 64, 128, 256]),
+    halves=st.booleans(),
 )
-def test_rows_of_gemm2(host, hit: float, hidden_size: int, num_sms: int, most: int) -> None:
-    """Packed split tiles of GEMM2: the fewest rows that give no SM two tiles."""
-    few = [rows for rows in (64, 128, 256) if rows < most and hit * math.ceil(hidden_size / rows) <= num_sms]
-    assert host.split_gemm2_rows(hit, hidden_size, num_sms, most) == (few or [most])[0]
+def test_rows_of_split_tiles(
+    host, hit: float, part_rows: int, parts: int, num_sms: int, most: int, halves: bool
+) -> None:
+    """The fewest rows that give no SM more tiles than the most rows do."""
+
+    def rounds(rows: int) -> int:
+        return math.ceil(hit * parts * math.ceil(part_rows / rows) / num_sms)
+
+    possible = [64, 128, 256] if halves else range(40, most, 8)
+    least, step = (64, 0) if halves else (40, 8)
+    fewest = min([rows for rows in possible if rows < most and rounds(rows) == rounds(most)], default=most)
+    assert host.split_rows(hit, part_rows, parts, num_sms, most, least, step) == fewest
 
 
 @pytest.mark.parametrize("elements", tune.ELEMENTS)

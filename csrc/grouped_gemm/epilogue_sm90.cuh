@@ -48,7 +48,7 @@ struct NarrowEpilogue {
   const Tile tile;
   const GemmParams& g;
   float (&total)[C::kWaves * kWave];
-  const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  const int warpgroup = threadIdx.x / 128, thread = (C::kPacked ? read_thread() : threadIdx.x) % 128, warp = thread / 32, lane = thread % 32;
   // Row of the wave that this thread's first accumulator belongs to; its second is eight below.
   const int wave_row = warpgroup * 64 + warp * 16 + lane / 4;
 
@@ -221,9 +221,10 @@ struct NarrowEpilogue {
       int32_t part, row;
       wave_origin<C>(p, tile, w, part, row);
       row += warpgroup * 64;
-      const int32_t column = part * g.part_rows + row, columns = g.part_rows - row;
+      const int32_t column = part * g.part_rows + row, exist = g.part_rows - row;
+      const int32_t columns = C::kRowsVary ? min(exist, g.tile_rows - warpgroup * 64) : exist;
       if constexpr (C::kSplit)
-        if (tile.gemm == 0) return store_gate_up(column, C::kFewerRows > 0 ? min(columns, C::kFewerRows) : columns);
+        if (tile.gemm == 0) return store_gate_up(column, columns);
       if (g.out_dtype == DType::float32) store_float32<w * kWave>(column, columns);
       else store_16bit<w * kWave>(column, columns);
     });

@@ -80,7 +80,7 @@ template <class C>
 __device__ void gather_tokens(const KernelParams& p, const Smem<C>& smem, int warp) {
   static_assert(C::kCanGather);
   PipelineState<C::kStages> pipe;
-  PipelineState<kTileSlots> slot;
+  TileSlot slot;
   TokenLoader<C> loader{p, smem};
   Gather<C> gather{p, loader, warp};
   const int k_stages = p.gemm[0].k_stages;

@@ -46,10 +46,8 @@ constexpr int kSmemLimit = 232448;  // bytes a thread block can have on SM90; tw
 constexpr int kLanes = 32;
 constexpr int kRowBytes = 128;      // of K, of an operand row in shared memory
 
-// kRows = 64 * kWarpgroups * kWaves weight rows by up to kMaxTokens tokens; fewer, by warpgroups, where kRowsVary. kFewerRows: of GEMM1's tiles, if not
-// 0; only those rows of a wave are loaded and stored.
-template <class Element_, int kMaxTokens_, int kWarpgroups_, int kWaves_, Mode kMode_, Packing kPacking_ = Packing::none, int kBlocksPerSm_ = 1,
-          int kFewerRows_ = 0>
+// kRows = 64 * kWarpgroups * kWaves weight rows by up to kMaxTokens tokens; fewer where kRowsVary.
+template <class Element_, int kMaxTokens_, int kWarpgroups_, int kWaves_, Mode kMode_, Packing kPacking_ = Packing::none, int kBlocksPerSm_ = 1>
 struct Config {
   using Element = Element_;  // of the tokens, and of what is multiplied
   static constexpr Packing kPacking = kPacking_;
@@ -60,10 +58,10 @@ struct Config {
   static constexpr int kMaxTokens = kMaxTokens_, kWarpgroups = kWarpgroups_, kWaves = kWaves_;
   static constexpr int kWaveRows = 64 * kWarpgroups;     // weight rows of one wave: within one 128-row scale block
   static constexpr int kRows = kWaveRows * kWaves;
-  static constexpr int kFewerRows = kFewerRows_, kGemm1Rows = kFewerRows ? kFewerRows : kGated ? kWaveRows : kRows;  // from one tile to the next
   static constexpr int kConsumers = 128 * kWarpgroups;
-  // Tiles have GemmParams::tile_rows. Stages are made for kRows, so that less is in flight, which 8 and 16 bits would notice (history, 28).
-  static constexpr bool kRowsVary = kSplit && kPacked;
+  // Tiles have GemmParams::tile_rows, of which alone something is loaded and stored. Stages are made for kRows: with half as many, less is in flight, which
+  // 8 and 16 bits notice (history, 28).
+  static constexpr bool kRowsVary = kSplit;
   static constexpr bool kCanGather = kGated && kMaxTokens == 128;
   static constexpr int kBlockBytes = packed_block_bytes(kPacking);  // packed: of 64 weight rows
   // K blocks, 128 bytes of a token, in a stage. With few tokens a block is less work than its barriers, and float8 sums of two blocks, which do
@@ -72,7 +70,6 @@ struct Config {
   static constexpr int kStageWeightBlocks = kStageBlocks * (kPacked && kFloat8 ? 2 : 1);  // packed: of 64 k each
   static constexpr int kBlockWeightBytes = kPacked ? kRows / kPackedBlock * kBlockBytes : kRows * 128, kBlockTokenBytes = kMaxTokens * 128;
   static constexpr int kWeightBytes = kStageWeightBlocks * kBlockWeightBytes;
-  static constexpr int kGemm1WeightBytes = kFewerRows ? kStageWeightBlocks * kFewerRows * 128 : kWeightBytes;
   static constexpr int kTokenBytes = kStageBlocks * kBlockTokenBytes;
   static constexpr int kWaveScales = kFloat8 ? kMaxTokens : 0;  // floats a wave and stage
   static constexpr int kBlockScaleBytes = 4 * kWaves * kWaveScales, kScaleBytes = kStageBlocks * kBlockScaleBytes;
@@ -110,7 +107,6 @@ struct Config {
   static_assert(kMaxTokens == 32 || kMaxTokens == 64 || (kMaxTokens == 128 && kWarpgroups == 2), "a wide tile gives 64 tokens to each of two warpgroups");
   static_assert(!kGated || (kWaves == 2 && kWaveRows == 128), "a float8 scale group is 128 channels");
   static_assert(!kSplit || kWaves == 1);
-  static_assert(kFewerRows == 0 || (kSplit && !kPacked && kWarpgroups == 1 && kFewerRows % 8 == 0));
   static_assert(!kHasHalfWide || kStagingBytes >= kConsumers / 32 * 16 * 128, "half-wide tiles exchange 16 floats a lane");
   static_assert(kStages >= 3 && kStages * kTokenSteps >= kTokenWarps);
 };
@@ -188,7 +184,7 @@ struct TileFinder {
   __device__ TileFinder(const KernelParams& p, const Smem<C>& smem) : p(p), smem(smem) { start_gemm(); }
 
   __device__ bool both_parts() const { return C::kGated && gemm == 0; }
-  __device__ int32_t row_step() const { return C::kRowsVary ? p.gemm[gemm].tile_rows : gemm == 0 ? C::kGemm1Rows : C::kRows; }
+  __device__ int32_t row_step() const { return C::kRowsVary ? p.gemm[gemm].tile_rows : both_parts() ? C::kWaveRows : C::kRows; }
 
   __device__ void start_gemm() {
     const int32_t step = row_step(), k_stages = p.gemm[gemm].k_stages;
@@ -325,16 +321,24 @@ struct PipelineState {
   }
 };
 
+// Which of the tile slots a warp is at: one register, where PipelineState takes two.
+struct TileSlot {
+  uint32_t tiles = 0;  // before it
+  __device__ uint32_t stage() const { return tiles % kTileSlots; }
+  __device__ uint32_t phase() const { return tiles / kTileSlots % 2; }
+  __device__ void advance() { ++tiles; }
+};
+
 // The tile that a reader warp works on next; released, by every lane of it, once it is finished.
 template <class C>
-__device__ __forceinline__ const Tile& wait_tile(const Smem<C>& smem, const PipelineState<kTileSlots>& slot) {
-  smem.tile_full[slot.stage].wait(slot.phase);
-  return smem.tiles[slot.stage];
+__device__ __forceinline__ const Tile& wait_tile(const Smem<C>& smem, const TileSlot& slot) {
+  smem.tile_full[slot.stage()].wait(slot.phase());
+  return smem.tiles[slot.stage()];
 }
 template <class C>
-__device__ __forceinline__ void release_tile(const Smem<C>& smem, PipelineState<kTileSlots>& slot) {
+__device__ __forceinline__ void release_tile(const Smem<C>& smem, TileSlot& slot) {
   __syncwarp();  // not needed, but without it ptxas spills in a float8 kernel
-  smem.tile_empty[slot.stage].arrive();
+  smem.tile_empty[slot.stage()].arrive();
   slot.advance();
 }
 
@@ -361,6 +365,13 @@ __device__ __forceinline__ void skip(const Smem<C>& smem, PipelineState<C::kStag
     wait_full<C>(smem, pipe);
     release<C>(smem, pipe.stage);
   }
+}
+
+// threadIdx.x, read anew: addresses made from it are not kept in registers from tile to tile, of which split256 has none to spare (it spilled).
+__device__ __forceinline__ uint32_t read_thread() {
+  uint32_t x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
 }
 
 template <int kCount>

@@ -32,9 +32,9 @@ cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t k, int64
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// tokens_by_tma: else they need no tensor maps. box_rows: of a wave that are loaded.
+// tile_rows: C::kRows, or fewer where they vary. tokens_by_tma: else they need no tensor maps.
 template <class C>
-cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool tokens_by_tma = true, uint32_t box_rows = C::kWaveRows) {
+cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, int32_t tile_rows = C::kRows, bool tokens_by_tma = true) {
   using Element = typename C::Element;
   g.parts = args.b_parts;
   g.part_rows = args.n / args.b_parts;
@@ -46,7 +46,7 @@ cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool tokens_by
   g.k_stages = (args.k * int(sizeof(Element)) + 128 * C::kStageBlocks - 1) / (128 * C::kStageBlocks);
   g.k_blocks = (args.k + 127) / 128;
   g.packed_k_blocks = args.k / kPackedBlock;
-  g.tile_rows = C::kRows;
+  g.tile_rows = tile_rows;
   g.out_dtype = args.out_dtype;
   g.bias_dtype = args.bias_dtype;
   g.a_global_scale = args.a_global_scale;
@@ -57,7 +57,7 @@ cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, bool tokens_by
     if (8 << size >= args.num_rows) break;  // no tile has more
   }
   if (C::kPacked) return cudaSuccess;
-  return make_tensor_map<Element>(&g.weights, args.b, args.k, g.part_rows, int64_t(args.num_experts) * g.parts, box_rows);
+  return make_tensor_map<Element>(&g.weights, args.b, args.k, g.part_rows, int64_t(args.num_experts) * g.parts, std::min(tile_rows, C::kWaveRows));
 }
 
 // Once for each device, where the driver keeps it.
@@ -94,6 +94,21 @@ cudaError_t launch_plain(const GroupedGemmArgs& args, int32_t* tile_counter, int
   return launch_kernel<C>(p, max_token_tiles(args.num_rows, args.num_experts, C::kMaxTokens) * row_tiles<C>(p.gemm[0]), num_sms, stream);
 }
 
+// Weight rows of the tiles of both GEMMs.
+template <class C>
+std::pair<int32_t, int32_t> fused_rows(const FusedGemms& f, int num_sms) {
+  if constexpr (!C::kSplit) return {C::kRows, C::kRows};
+  const double rows = double(f.gemm1.num_rows) * f.local_share();
+  const bool one_token = f.gemm1.num_rows == f.top_k && f.expert_map == nullptr;  // whose experts differ
+  const double hit = one_token ? rows : expected_hit(rows, f.gemm1.num_experts);
+  const auto rows_of = [&](const GroupedGemmArgs& g, int32_t most, int32_t least) {
+    constexpr bool kBlocks = C::kPacked || C::kFloat8;
+    return split_rows(hit, g.n / g.b_parts, g.b_parts, num_sms, most, kBlocks ? least : 40, kBlocks ? 0 : 8);
+  };
+  const int32_t rows1 = 32 << int(f.tactic.tiles);  // split32, split64, ..: at most, and exactly of blocks, because half of them is another tactic
+  return {rows_of(f.gemm1, rows1, rows1), rows_of(f.gemm2, C::kRows, 64)};
+}
+
 // FusedGemms::sync: the tile counter, that of a GEMM2 alone, and `ready` of each token tile (gated), each from a cache line of its own, so
 // that those who wait do not slow down those who draw.
 constexpr int64_t kCounterLine = 128 / sizeof(int32_t);
@@ -108,12 +123,9 @@ FusedGemmsSizes fused_sizes(const FusedGemms& f) {
 template <class C>
 cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) {
   KernelParams p{};
-  if (auto e = fill_gemm<C>(p.gemm[0], f.gemm1, !C::kSplit && f.row_to_slot == nullptr, C::kFewerRows ? C::kFewerRows : C::kWaveRows)) return e;
-  if (auto e = fill_gemm<C>(p.gemm[1], f.gemm2, !C::kSplit)) return e;
-  if (C::kRowsVary) {
-    p.gemm[0].tile_rows = split_gemm1_rows(f.tactic.tiles);
-    p.gemm[1].tile_rows = split_gemm2_rows(expected_hit(double(f.gemm1.num_rows) * f.local_share(), f.gemm1.num_experts), f.gemm2.n, num_sms, C::kRows);
-  }
+  const auto [rows1, rows2] = fused_rows<C>(f, num_sms);
+  if (auto e = fill_gemm<C>(p.gemm[0], f.gemm1, rows1, !C::kSplit && f.row_to_slot == nullptr)) return e;
+  if (auto e = fill_gemm<C>(p.gemm[1], f.gemm2, rows2, !C::kSplit)) return e;
   const int64_t token_tiles = max_token_tiles(f.gemm1.num_rows, f.gemm1.num_experts, C::kMaxTokens);
   const int32_t groups = (f.gemm2.k + 127) / 128;
   p.expert_offsets = f.gemm1.expert_offsets;
@@ -146,8 +158,7 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   } else {
     p.gemm[0].out_stride = p.gemm[0].part_rows;
   }
-  const int32_t gemm1_rows = C::kRowsVary ? p.gemm[0].tile_rows : C::kGemm1Rows;
-  const int64_t tiles1 = token_tiles * tiles_of(p.gemm[0].part_rows, gemm1_rows) * (C::kGated ? 1 : 2), tiles2 = token_tiles * row_tiles<C>(p.gemm[1]);
+  const int64_t tiles1 = token_tiles * (C::kGated ? tiles_of(p.gemm[0].part_rows, C::kWaveRows) : row_tiles<C>(p.gemm[0])), tiles2 = token_tiles * row_tiles<C>(p.gemm[1]);
   if (f.tactic.gemm2_alone) {
     p.num_gemms = 1;
     if (auto e = launch_kernel<C>(p, tiles1, num_sms, stream)) return e;
@@ -169,8 +180,6 @@ auto with_fused_config(Tiles tiles, F&& f) {
         return f.template operator()<Config<Element, 32, 4, 1, Mode::split, kPacking>>();
       [[fallthrough]];
     case Tiles::split32:
-      if constexpr (kPacking == Packing::none) return f.template operator()<Config<Element, 32, 1, 1, Mode::split, kPacking, 1, 32>>();
-      [[fallthrough]];
     case Tiles::split64:
       if constexpr (kPacking == Packing::none) return f.template operator()<Config<Element, 32, 1, 1, Mode::split, kPacking>>();
       [[fallthrough]];

@@ -62,14 +62,13 @@ __device__ __forceinline__ void unpack_step(const uint32_t (&words)[2], uint32_t
   }
 }
 
-// This thread's part of half a block, of 32 k, as it is stored.
+// A thread's part of half a block, of 32 k, as it is stored.
 template <Packing kPacking>
 struct PackedRegisters {
   static constexpr int kStepWords = packed_value_bytes(kPacking) / 2048;
   uint32_t values[2][kStepWords], scales;
 
-  __device__ __forceinline__ void load(uint32_t block, int half) {
-    const int thread = threadIdx.x % 128;
+  __device__ __forceinline__ void load(uint32_t block, int half, uint32_t thread) {  // of the warpgroup
     const uint32_t source = block + (half * 128 + thread) * sizeof(values);
     if constexpr (kStepWords == 1)
       asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(values[0][0]), "=r"(values[1][0]) : "r"(source));
@@ -107,6 +106,7 @@ __device__ __forceinline__ void multiply_packed(const Smem<C>& smem, PipelineSta
   PackedRegisters<C::kPacking> packed[2][kHalves];
   auto half_of = [](int pass, int g, int h) { return pass * kHalvesOfPass + (C::kWaves == 2 ? h : g * kHalves + h); };
   int previous = -1;  // a stage that wgmma may still read
+  const uint32_t thread = read_thread() % 128;
   clear(total);
   fence_registers(total);
 #pragma unroll 1
@@ -119,7 +119,7 @@ __device__ __forceinline__ void multiply_packed(const Smem<C>& smem, PipelineSta
     for (int g = 0; g < 2; ++g)
       for (int h = 0; h < kHalves; ++h) {
         const int half = half_of(pass, g, h);
-        packed[g][h].load(weights + half / 2 * C::kBlockWeightBytes + (C::kWaves == 2 ? g * C::kWarpgroups * C::kBlockBytes : 0), half % 2);
+        packed[g][h].load(weights + half / 2 * C::kBlockWeightBytes + (C::kWaves == 2 ? g * C::kWarpgroups * C::kBlockBytes : 0), half % 2, thread);
       }
     unrolled<2>([&](auto g) {
 #pragma unroll
@@ -169,10 +169,11 @@ struct FewTokens {
     uint32_t tokens[kGroups][kHalves][4];
   };
   const Smem<C>& smem;
+  const uint32_t thread = read_thread() % 128;
   uint32_t weights, tokens[2];  // addresses in stage 0; of tokens: this lane's, of the two halves of a K block
 
   __device__ FewTokens(const Smem<C>& smem, int warpgroup) : smem(smem), weights(smem.weights + warpgroup * C::kBlockBytes) {
-    const uint32_t lane = threadIdx.x % 32, row = lane % 8, chunk = lane / 8;
+    const uint32_t lane = thread % 32, row = lane % 8, chunk = lane / 8;
     for (int half = 0; half < 2; ++half) tokens[half] = smem.tokens + row * kRowBytes + ((chunk + 4 * half) ^ row) * 16;  // 128-byte swizzle
   }
 
@@ -182,7 +183,7 @@ struct FewTokens {
       const uint32_t block = weights + pipe.stage * C::kWeightBytes + half / 2 * C::kBlockWeightBytes;
       const uint32_t rows = tokens[half % 2] + pipe.stage * C::kTokenBytes + half / 2 * C::kBlockTokenBytes;
 #pragma unroll
-      for (int w = 0; w < C::kWaves; ++w) s.packed[w][half].load(block + w * C::kWarpgroups * C::kBlockBytes, half % 2);
+      for (int w = 0; w < C::kWaves; ++w) s.packed[w][half].load(block + w * C::kWarpgroups * C::kBlockBytes, half % 2, thread);
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) load_matrices(s.tokens[j][half], rows + j * 8 * kRowBytes);
     }

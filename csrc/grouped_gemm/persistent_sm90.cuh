@@ -16,7 +16,7 @@ __device__ __forceinline__ void signal_ready(const KernelParams& p, int32_t toke
 template <class C>
 __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
   PipelineState<C::kStages> pipe;
-  PipelineState<kTileSlots> slot;
+  TileSlot slot;
   // What decides about loops and descriptors is made uniform, so that the descriptors stay in uniform registers: otherwise ptxas
   // moves each of them there again before every wgmma (R2UR).
   auto uniform = [](uint32_t x) { return __shfl_sync(~0u, x, 0); };
@@ -38,7 +38,7 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
     const GemmParams& g = p.gemm[C::kFused ? state >> 8 & 1 : 0];
     const int k_stages = g.k_stages;
     pipe = {int(state >> 10), state >> 9 & 1};
-    if constexpr (C::kRowsVary)
+    if constexpr (C::kRowsVary && C::kWarpgroups > 1)
       if (warpgroup * 64 >= g.tile_rows) {
         skip<C>(smem, pipe, k_stages);
         release_tile(smem, slot);

@@ -69,8 +69,8 @@ constexpr int kBlockK = 128 / int(sizeof(typename C::Element));
 template <class C, class F>
 __device__ __forceinline__ void load_plain(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe, F&& before_stage) {
   auto uniform = [](int x) { return __shfl_sync(~0u, x, 0); };
-  const int gemm = uniform(tile.gemm), bytes = gemm == 0 ? C::kGemm1WeightBytes : C::kWeightBytes, lane = threadIdx.x % kLanes;
-  const GemmParams& g = p.gemm[gemm];
+  const GemmParams& g = p.gemm[uniform(tile.gemm)];
+  const int bytes = C::kRowsVary ? C::kStageBlocks * kRowBytes * g.tile_rows : C::kWeightBytes, lane = threadIdx.x % kLanes;
   int row[C::kWaves], group[C::kWaves];
   for (int w = 0; w < C::kWaves; ++w) {
     int32_t part;
@@ -109,7 +109,7 @@ template <class C>
 __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t drawn) {
   TileFinder<C> finder(p, smem);
   PipelineState<C::kStages> pipe;
-  PipelineState<kTileSlots> slot;
+  TileSlot slot;
   const bool leader = (threadIdx.x & 31) == 0;
   const int32_t gemm1_tiles = finder.end, grid = gridDim.x;
   int32_t index = 0, last = 0;
@@ -138,10 +138,10 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
       tile = finder.find(index);
       draw_at = first_draw ? -1 : max(0, (last - index) * p.gemm[tile.gemm].k_stages - kDrawAhead);
     }
-    smem.tile_empty[slot.stage].wait(slot.phase ^ 1);
+    smem.tile_empty[slot.stage()].wait(slot.phase() ^ 1);
     if (leader) {
-      smem.tiles[slot.stage] = tile;
-      smem.tile_full[slot.stage].arrive();
+      smem.tiles[slot.stage()] = tile;
+      smem.tile_full[slot.stage()].arrive();
     }
     slot.advance();
     if (tile.size == 0) return;
@@ -249,7 +249,7 @@ struct TokenLoader {
 
 // `first`: which of the token warps, and its first K block from the stage and tile on that `pipe` and `slot` stand at.
 template <class C>
-__device__ void load_tokens(const KernelParams& p, const Smem<C>& smem, int first, PipelineState<C::kStages> pipe = {}, PipelineState<kTileSlots> slot = {}) {
+__device__ void load_tokens(const KernelParams& p, const Smem<C>& smem, int first, PipelineState<C::kStages> pipe = {}, TileSlot slot = {}) {
   using Loader = TokenLoader<C>;
   pipe.advance(first);
   Loader loader{p, smem};

@@ -58,7 +58,7 @@ namespace sm90 {
 enum class Mode { plain, gated, split };
 
 struct GemmParams {
-  CUtensorMap weights;             // (k, part_rows, num_experts * parts), box 128 bytes x rows of a wave (split32: 32)
+  CUtensorMap weights;             // (k, part_rows, num_experts * parts), box 128 bytes x rows of a wave that are loaded
   CUtensorMap tokens[5];           // (k, num_rows), box 128 bytes x 8, 16, 32, 64, 128 tokens
   void* out;
   const void* bias;
@@ -68,7 +68,7 @@ struct GemmParams {
   int32_t k_stages;                // what K fills, of Config::kStageBlocks K blocks each
   int32_t k_blocks;                // float8: 1 x 128 scales of a token
   int32_t packed_k_blocks;         // packed: blocks of 64 k
-  int32_t tile_rows;               // of a tile: Config::kRows, or fewer where kRowsVary
+  int32_t tile_rows;               // of a tile: Config::kRows, or fewer where kRowsVary (float8: within one block of 128)
   DType out_dtype, bias_dtype;
 };
 

@@ -193,7 +193,7 @@ template <class C>
 __device__ void make_tokens(const KernelParams& p, const Smem<C>& smem, int first) {
   typename SplitTokens<C>::Pipe pipe;
   pipe.advance(first);
-  PipelineState<kTileSlots> slot;
+  TileSlot slot;
   SplitTokens<C> loader{p, smem};
   while (true) {
     loader.tile = wait_tile(smem, slot);

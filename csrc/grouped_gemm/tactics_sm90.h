@@ -23,7 +23,7 @@ constexpr int64_t max_token_tiles(int64_t num_rows, int32_t num_experts, int32_t
 enum class Elements { bits16, float8, packed, packed_float8 };  // what is multiplied; packed: weights, by 16-bit tokens or float8 ones
 
 // Tiles of both GEMMs: Mode (sm90_config.h), and weight rows (split) or the most tokens (gated, of 256 weight rows).
-//   split: GEMM1's rows. GEMM2 has as many, but split32 64, and packed split_gemm2_rows().   split32: not packed.   split256: packed only.
+//   split: the most rows of GEMM1's tiles, see split_rows().   split32: not packed.   split256: packed only.
 //   gated32: packed only, two thread blocks an SM.   gathered128: gated128 whose GEMM1 gathers its tokens; the other gated ones read
 //   permuted ones.   split: up to kMaxSplitSlots slots.
 enum class Tiles { split32, split64, split128, split256, gated32, gated64, gated128, gathered128 };
@@ -82,13 +82,13 @@ constexpr int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1
 // How many experts are hit if every row draws one at random.
 inline double expected_hit(double rows, int32_t num_experts) { return num_experts * (1 - std::exp(-rows / num_experts)); }
 
-constexpr int32_t split_gemm1_rows(Tiles tiles) { return 32 << int(tiles); }
-
-// Weight rows of GEMM2's tiles, packed: as few as give no SM two of them, so that a long K keeps as many SMs busy as there are; else `most`.
-inline int32_t split_gemm2_rows(double hit, int64_t hidden_size, int32_t num_sms, int32_t most) {
-  for (int32_t rows = 64; rows < most; rows *= 2)
-    if (hit * double(tiles_of(hidden_size, rows)) <= num_sms) return rows;
-  return most;
+// Weight rows of split tiles: as few as give no SM more tiles than `most` rows do, so that they end together. Down to `least` by `step`, which is 8 (16
+// bits), or 0 for halves (where a tile has to lie within a block of 128 or 64 rows).
+inline int32_t split_rows(double hit, int64_t part_rows, int32_t parts, int32_t num_sms, int32_t most, int32_t least, int32_t step) {
+  const auto rounds = [&](int32_t rows) { return std::ceil(hit * parts * double(tiles_of(part_rows, rows)) / num_sms); };
+  int32_t best = most;
+  for (int32_t rows = most; rows >= least && rounds(rows) <= rounds(most); rows = step > 0 ? rows - step : rows / 2) best = rows;
+  return best;
 }
 
 inline Tiles choose_tiles(const LayerFacts& f) {

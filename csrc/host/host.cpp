@@ -12,7 +12,7 @@
 //   choose_tactic(facts), possible_tactics(facts)  grouped_gemm/tactics_sm90.h: facts as (elements by number, num_rows,
 //                                                  num_experts, hidden_size, intermediate_size, num_sms, can_gather, can_split,
 //                                                  local_share, rounds_acts)
-//   split_gemm2_rows(hit, hidden_size, num_sms, most)  grouped_gemm/tactics_sm90.h
+//   split_rows(hit, part_rows, parts, num_sms, most, least, step)  grouped_gemm/tactics_sm90.h
 //   read_block_scaled(format, ...)               what a block-scaled grouped GEMM reads (block_scaled.cpp)
 // Arrays come and go as bytes.
 #include "host/device_shims.h"
@@ -227,6 +227,6 @@ PYBIND11_MODULE(_host, module) {
   module.def("unpack_words", &unpack_words, "words"_a);
   module.def("choose_tactic", &choose_tactic, "facts"_a);
   module.def("possible_tactics", &possible_tactics, "facts"_a);
-  module.def("split_gemm2_rows", &moe::sm90::split_gemm2_rows, "hit"_a, "hidden_size"_a, "num_sms"_a, "most"_a);
+  module.def("split_rows", &moe::sm90::split_rows, "hit"_a, "part_rows"_a, "parts"_a, "num_sms"_a, "most"_a, "least"_a, "step"_a);
   bind_block_scaled(module);
 }

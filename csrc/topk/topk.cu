@@ -81,24 +81,34 @@ struct Scoring {
   }
 };
 
-// Groups of consecutive experts: which of them stay, as bits. `keys` is this warp's shared memory.
+// Groups of consecutive experts: which of them stay, as bits. `shared` is this warp's memory.
 //
-// 32 / bit_ceil(num_groups) lanes share a group; each finds its two largest members, then they merge by shuffles.
-// Row padding (4 words after every 32) keeps DeepSeek's 8 groups of 32 in different banks.
+// Lanes that share a group find its two largest members, then they merge by shuffles. If a group is the experts of 1, 2, 4, .. lanes, as
+// DeepSeek's 8 groups of 32 are, those are the members a lane looks at. Else 32 / bit_ceil(num_groups) lanes take them from shared memory, whose
+// padding (4 words after every 32) keeps groups of 32 in different banks.
 __device__ __forceinline__ int padded(int expert) { return expert + expert / 32 * 4; }
 
-__device__ __forceinline__ unsigned groups_that_stay(const TopkArgs& args, const float* choices, int lane) {
+template <int kPerLane>
+__device__ __forceinline__ unsigned groups_that_stay(const TopkArgs& args, const float (&choices)[kPerLane], float* shared, int lane) {
   const int group_size = args.num_experts / args.num_groups;
-  int lanes_per_group = kLanes;
-  while (lanes_per_group * args.num_groups > kLanes) lanes_per_group /= 2;
-  const int group = lane / lanes_per_group;
   float first = negative_infinity(), second = negative_infinity();
-  if (group < args.num_groups) {
-    for (int member = lane % lanes_per_group; member < group_size; member += lanes_per_group) {
-      const float choice = choices[padded(group * group_size + member)];
-      second = fmaxf(second, fminf(first, choice));
-      first = fmaxf(first, choice);
-    }
+  const auto add = [&](float choice) {
+    second = fmaxf(second, fminf(first, choice));
+    first = fmaxf(first, choice);
+  };
+  int lanes_per_group = group_size / kPerLane;
+  if (group_size % kPerLane == 0 && kLanes % lanes_per_group == 0) {
+#pragma unroll
+    for (float choice : choices) add(choice);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) shared[padded(lane * kPerLane + i)] = choices[i];
+    __syncwarp();  // choices of all lanes are in shared memory
+    lanes_per_group = kLanes;
+    while (lanes_per_group * args.num_groups > kLanes) lanes_per_group /= 2;
+    const int group = lane / lanes_per_group;
+    for (int member = lane % lanes_per_group; group < args.num_groups && member < group_size; member += lanes_per_group)
+      add(shared[padded(group * group_size + member)]);
   }
   for (int lanes = lanes_per_group / 2; lanes > 0; lanes /= 2) {
     const float other_first = __shfl_xor_sync(kAllLanes, first, lanes);
@@ -176,12 +186,7 @@ __global__ void __launch_bounds__(kWarps* kLanes) topk_kernel(TopkArgs args, boo
     choices[i] = isnan(choices[i]) || isnan(choice) ? negative_infinity() : choice;
   }
   unsigned stay = kAllLanes;
-  if (args.num_groups > 1) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) shared_choices[warp][padded(first + i)] = choices[i];
-    __syncwarp();  // choices of all lanes are in shared memory
-    stay = groups_that_stay(args, shared_choices[warp], lane);
-  }
+  if (args.num_groups > 1) stay = groups_that_stay(args, choices, shared_choices[warp], lane);
   uint32_t keys[kPerLane];
   const int group_size = args.num_experts / args.num_groups;
   int group = first / group_size, member = first % group_size;

@@ -37,7 +37,11 @@ CHUNK_ELEMENTS = 1 << 27
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of one rank's share of a layer; it holds experts 0 .. num_experts - 1 of num_router_experts."""
+    """The sizes of one rank's share of a layer; it holds experts 0 .. num_experts - 1 of num_router_experts.
+
+    num_groups and topk_groups are those of the model's own top-k: by sigmoid and with a bias, if there are groups. The
+    routing of a benchmark is `make_inputs`', whatever they are.
+    """
 
     name: str
     num_experts: int
@@ -45,13 +49,15 @@ class Case:
     hidden_size: int
     intermediate_size: int
     top_k: int
+    num_groups: int = 1
+    topk_groups: int = 1
 
 
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
-        Case("dsv3_ep8", 32, 256, 7168, 2048, 8),
-        Case("dsv3_tp8", 256, 256, 7168, 256, 8),
+        Case("dsv3_ep8", 32, 256, 7168, 2048, 8, num_groups=8, topk_groups=4),
+        Case("dsv3_tp8", 256, 256, 7168, 256, 8, num_groups=8, topk_groups=4),
         Case("qwen30b", 128, 128, 2048, 768, 8),
         Case("qwen235b_tp4", 128, 128, 4096, 384, 8),
         Case("mixtral", 8, 8, 4096, 14336, 2),

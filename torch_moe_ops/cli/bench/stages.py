@@ -2,7 +2,7 @@
 
 topk; sort_slots -> permute -> grouped_gemm_w13 -> act_mul -> grouped_gemm_w2 -> finalize
 
-topk runs on random logits of its own: the routing of a benchmark is given.
+topk runs on random logits of its own, grouped if the model's is: the routing of a benchmark is given.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ GEMMS = ("grouped_gemm_w13", "grouped_gemm_w2")
 State = dict[str, Tensor]
 
 
-def stages(experts: Experts, op_of: Callable[[str], Callable]) -> dict[str, tuple[str, Callable[[State], State]]]:
+def stages(
+    case: _layer.Case, experts: Experts, op_of: Callable[[str], Callable]
+) -> dict[str, tuple[str, Callable[[State], State]]]:
     """name -> (op, stage), where stage takes the results so far and returns its own."""
     e, act_format = experts, experts.act_format or experts.format
     gemm = dict(format=e.format, act_format=e.act_format)
+    groups = dict(scoring="sigmoid", num_groups=case.num_groups, topk_groups=case.topk_groups)
 
     def topk(s: State) -> State:
-        topk_weights, topk_ids = op_of("topk")(s["router_logits"], s["topk_ids"].shape[1])
+        options = {} if case.num_groups == 1 else {"correction_bias": s["correction_bias"], **groups}
+        topk_weights, topk_ids = op_of("topk")(s["router_logits"], s["topk_ids"].shape[1], **options)
         return {"chosen_weights": topk_weights, "chosen_ids": topk_ids}
 
     def sort_slots(s: State) -> State:
@@ -77,9 +81,10 @@ def measure_stages(
     states: list[State] = [dict(zip(names, tensors, strict=True)) for tensors in inputs]
     for state in states:
         state["router_logits"] = torch.randn(num_tokens, case.num_router_experts, device=state["topk_ids"].device)
+        state["correction_bias"] = torch.randn(case.num_router_experts, device=state["topk_ids"].device)
     hit, slots = routing_counts(inputs)
     measured: list[tuple[str, str | None, float, float, float, float]] = []
-    for name, (op, stage) in stages(experts, lambda op: overload(op, backend)).items():
+    for name, (op, stage) in stages(case, experts, lambda op: overload(op, backend)).items():
         if timed is None or name in timed:
             us, us_min, results = time_calls(stage, [(state,) for state in states])
             tbps = stage_bytes(name, experts, states[0], results[0], hit, slots) / us / 1e6
