@@ -129,7 +129,7 @@ dsv3_ep8   128  gated64           gated64           gated32           gated64
 dsv3_ep8   512  gated128          gated64           gated64           gated64
 dsv3_ep8  8192  gated128          gated128          gated128          gated64
 qwen30b      1  split64           split128          split128          split128
-qwen30b      8  gated64           gated64           gated64           gated64
+qwen30b      8  gated64           gated64           gated32           gated64
 qwen30b    128  gated64           gated64           gated32           gated64
 qwen30b    512  gathered128       gated64           gated64           gated64
 qwen30b   8192  gathered128       gated128          gated128          gated64
@@ -182,8 +182,8 @@ def made_up(elements: str, truth: tune.Constants, noise: float = 0.0) -> list[tu
         ("float8", {"split32_rounds": 0.5}),
         ("float8", {"gated64_rows": 24}),
         ("float8", {"gathered_row_tiles": 16}),
-        ("packed", {"gated32_cost": 1.4}),
-        ("packed", {"split256_cost": 1.3}),
+        ("packed", {"gated32_cost": 1.7}),
+        ("packed", {"split256_cost": 1.8}),
         ("packed", {"split64_rounds": 2, "alone_rounds": 0}),
     ],
 )

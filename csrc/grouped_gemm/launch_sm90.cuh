@@ -158,7 +158,8 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   } else {
     p.gemm[0].out_stride = p.gemm[0].part_rows;
   }
-  const int64_t tiles1 = token_tiles * (C::kGated ? tiles_of(p.gemm[0].part_rows, C::kWaveRows) : row_tiles<C>(p.gemm[0])), tiles2 = token_tiles * row_tiles<C>(p.gemm[1]);
+  const int64_t tiles1 = token_tiles * (C::kGated ? tiles_of(p.gemm[0].part_rows, C::kWaveRows) : row_tiles<C>(p.gemm[0]));
+  const int64_t tiles2 = token_tiles * row_tiles<C>(p.gemm[1]);
   if (f.tactic.gemm2_alone) {
     p.num_gemms = 1;
     if (auto e = launch_kernel<C>(p, tiles1, num_sms, stream)) return e;

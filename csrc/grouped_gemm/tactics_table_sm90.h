@@ -28,10 +28,10 @@ constexpr TacticConstants kFloat8Tactics = {
     .split_rows = 1.5, .split_rounds = 2, .split64_rounds = 0.4, .split32_rounds = 0.25, .split256_cost = 0, .gated32_rows = 0, .gated32_cost = 0,
     .gated64_rows = 48, .gathered_row_tiles = 4, .alone_rounds = 0, .alone_k_blocks = 32};
 constexpr TacticConstants kPackedTactics = {
-    .split_rows = 2, .split_rounds = 1.5, .split64_rounds = 0.4, .split32_rounds = 0, .split256_cost = 1.7, .gated32_rows = 12, .gated32_cost = 1.6,
-    .gated64_rows = 80, .gathered_row_tiles = 4, .alone_rounds = 1, .alone_k_blocks = 32};
+    .split_rows = 2, .split_rounds = 1.5, .split64_rounds = 0.5, .split32_rounds = 0, .split256_cost = 1.4, .gated32_rows = 12, .gated32_cost = 1.4,
+    .gated64_rows = 80, .gathered_row_tiles = 4, .alone_rounds = 2, .alone_k_blocks = 32};
 constexpr TacticConstants kPackedFloat8Tactics = {
-    .split_rows = 3, .split_rounds = 0.5, .split64_rounds = 0.4, .split32_rounds = 0, .split256_cost = 0, .gated32_rows = 0, .gated32_cost = 0,
+    .split_rows = 3, .split_rounds = 0.5, .split64_rounds = 0.5, .split32_rounds = 0, .split256_cost = 0, .gated32_rows = 0, .gated32_cost = 0,
     .gated64_rows = 48, .gathered_row_tiles = 4, .alone_rounds = 0, .alone_k_blocks = 32};
 
 }  // namespace moe::sm90
