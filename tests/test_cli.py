@@ -233,6 +233,21 @@ def test_gemm_times_the_two_gemms_only(capsys, monkeypatch, tmp_path):
         assert point["us"] == 1.0 and point["tflops"] == round(2 * point["slots"] * n * k / 1e6, 2)
 
 
+def test_topk_is_timed_as_the_model_routes():
+    """By groups, with sigmoid scores and a bias, where the model does so."""
+    experts = _layer.make_experts(_layer.TINY, "bf16", device="cpu")
+    logits, bias = torch.randn(5, 8), torch.randn(8)
+    state = {"router_logits": logits, "correction_bias": bias, "topk_ids": torch.zeros(5, 2)}
+
+    def chosen(case: _layer.Case) -> list[torch.Tensor]:
+        return list(stages.stages(case, experts, lambda op: getattr(torch.ops.moe, op))["topk"][1](state).values())
+
+    groups = {"num_groups": 4, "topk_groups": 1}
+    grouped = torch.ops.moe.topk(logits, 2, scoring="sigmoid", correction_bias=bias, **groups)
+    assert all(map(torch.equal, chosen(replace(_layer.TINY, **groups)), grouped))
+    assert all(map(torch.equal, chosen(_layer.TINY), torch.ops.moe.topk(logits, 2)))
+
+
 def test_stages_that_nobody_has_leave_the_layer(capsys, monkeypatch, tmp_path):
     def refused(*args, **options):
         raise RuntimeError("grouped_gemm: no backend")

@@ -221,8 +221,8 @@ struct NarrowEpilogue {
       int32_t part, row;
       wave_origin<C>(p, tile, w, part, row);
       row += warpgroup * 64;
-      const int32_t column = part * g.part_rows + row, exist = g.part_rows - row;
-      const int32_t columns = C::kRowsVary ? min(exist, g.tile_rows - warpgroup * 64) : exist;
+      const int32_t column = part * g.part_rows + row, of_part = g.part_rows - row;
+      const int32_t columns = C::kSplit ? min(of_part, g.tile_rows - warpgroup * 64) : of_part;
       if constexpr (C::kSplit)
         if (tile.gemm == 0) return store_gate_up(column, columns);
       if (g.out_dtype == DType::float32) store_float32<w * kWave>(column, columns);

@@ -46,7 +46,8 @@ constexpr int kSmemLimit = 232448;  // bytes a thread block can have on SM90; tw
 constexpr int kLanes = 32;
 constexpr int kRowBytes = 128;      // of K, of an operand row in shared memory
 
-// kRows = 64 * kWarpgroups * kWaves weight rows by up to kMaxTokens tokens; fewer where kRowsVary.
+// kRows = 64 * kWarpgroups * kWaves weight rows by up to kMaxTokens tokens. Split: GemmParams::tile_rows, of which alone something is loaded and stored;
+// stages are made for kRows, so with half as many rows less is in flight, which 8 and 16 bits notice (history, 28).
 template <class Element_, int kMaxTokens_, int kWarpgroups_, int kWaves_, Mode kMode_, Packing kPacking_ = Packing::none, int kBlocksPerSm_ = 1>
 struct Config {
   using Element = Element_;  // of the tokens, and of what is multiplied
@@ -59,9 +60,6 @@ struct Config {
   static constexpr int kWaveRows = 64 * kWarpgroups;     // weight rows of one wave: within one 128-row scale block
   static constexpr int kRows = kWaveRows * kWaves;
   static constexpr int kConsumers = 128 * kWarpgroups;
-  // Tiles have GemmParams::tile_rows, of which alone something is loaded and stored. Stages are made for kRows: with half as many, less is in flight, which
-  // 8 and 16 bits notice (history, 28).
-  static constexpr bool kRowsVary = kSplit;
   static constexpr bool kCanGather = kGated && kMaxTokens == 128;
   static constexpr int kBlockBytes = packed_block_bytes(kPacking);  // packed: of 64 weight rows
   // K blocks, 128 bytes of a token, in a stage. With few tokens a block is less work than its barriers, and float8 sums of two blocks, which do
@@ -184,7 +182,7 @@ struct TileFinder {
   __device__ TileFinder(const KernelParams& p, const Smem<C>& smem) : p(p), smem(smem) { start_gemm(); }
 
   __device__ bool both_parts() const { return C::kGated && gemm == 0; }
-  __device__ int32_t row_step() const { return C::kRowsVary ? p.gemm[gemm].tile_rows : both_parts() ? C::kWaveRows : C::kRows; }
+  __device__ int32_t row_step() const { return C::kSplit ? p.gemm[gemm].tile_rows : both_parts() ? C::kWaveRows : C::kRows; }
 
   __device__ void start_gemm() {
     const int32_t step = row_step(), k_stages = p.gemm[gemm].k_stages;

@@ -32,7 +32,7 @@ cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t k, int64
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// tile_rows: C::kRows, or fewer where they vary. tokens_by_tma: else they need no tensor maps.
+// tile_rows: C::kRows, or (split) fewer. tokens_by_tma: else they need no tensor maps.
 template <class C>
 cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, int32_t tile_rows = C::kRows, bool tokens_by_tma = true) {
   using Element = typename C::Element;

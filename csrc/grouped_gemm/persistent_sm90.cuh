@@ -38,7 +38,7 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
     const GemmParams& g = p.gemm[C::kFused ? state >> 8 & 1 : 0];
     const int k_stages = g.k_stages;
     pipe = {int(state >> 10), state >> 9 & 1};
-    if constexpr (C::kRowsVary && C::kWarpgroups > 1)
+    if constexpr (C::kSplit && C::kWarpgroups > 1)
       if (warpgroup * 64 >= g.tile_rows) {
         skip<C>(smem, pipe, k_stages);
         release_tile(smem, slot);

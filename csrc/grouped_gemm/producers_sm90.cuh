@@ -32,7 +32,7 @@ __device__ __forceinline__ void load_packed(const KernelParams& p, const Smem<C>
   int32_t part = 0, row = 0, kb = lane / kBlocks<C>;
   if (used) wave_origin<C>(p, tile, in_block / C::kWarpgroups, part, row);
   const int32_t block = row / kPackedBlock + in_block % C::kWarpgroups;
-  const bool exists = used && block < blocks && (!C::kRowsVary || in_block * kPackedBlock < g.tile_rows);
+  const bool exists = used && block < blocks && (!C::kSplit || in_block * kPackedBlock < g.tile_rows);
   const uint32_t bytes = __popc(__ballot_sync(~0u, exists)) * C::kBlockBytes;
   const int64_t first = (int64_t(tile.expert * g.parts + part) * blocks + block) * g.packed_k_blocks + kb;
   const uint8_t* source = g.packed_weights + first * C::kBlockBytes;
@@ -70,7 +70,7 @@ template <class C, class F>
 __device__ __forceinline__ void load_plain(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe, F&& before_stage) {
   auto uniform = [](int x) { return __shfl_sync(~0u, x, 0); };
   const GemmParams& g = p.gemm[uniform(tile.gemm)];
-  const int bytes = C::kRowsVary ? C::kStageBlocks * kRowBytes * g.tile_rows : C::kWeightBytes, lane = threadIdx.x % kLanes;
+  const int bytes = C::kSplit ? C::kStageBlocks * kRowBytes * g.tile_rows : C::kWeightBytes, lane = threadIdx.x % kLanes;
   int row[C::kWaves], group[C::kWaves];
   for (int w = 0; w < C::kWaves; ++w) {
     int32_t part;

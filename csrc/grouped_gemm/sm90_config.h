@@ -68,7 +68,7 @@ struct GemmParams {
   int32_t k_stages;                // what K fills, of Config::kStageBlocks K blocks each
   int32_t k_blocks;                // float8: 1 x 128 scales of a token
   int32_t packed_k_blocks;         // packed: blocks of 64 k
-  int32_t tile_rows;               // of a tile: Config::kRows, or fewer where kRowsVary (float8: within one block of 128)
+  int32_t tile_rows;               // of a tile: Config::kRows, or (split) fewer; float8: within one block of 128
   DType out_dtype, bias_dtype;
 };
 
