@@ -94,7 +94,7 @@ cudaError_t launch_plain(const GroupedGemmArgs& args, int32_t* tile_counter, int
   return launch_kernel<C>(p, max_token_tiles(args.num_rows, args.num_experts, C::kMaxTokens) * row_tiles<C>(p.gemm[0]), num_sms, stream);
 }
 
-// Weight rows of the tiles of both GEMMs.
+// Weight rows of the tiles of both GEMMs: at most those of the tactic, or GEMM2's kRows. Halves of GEMM1's are another tactic (of 16 bits: 32 are).
 template <class C>
 std::pair<int32_t, int32_t> fused_rows(const FusedGemms& f, int num_sms) {
   if constexpr (!C::kSplit) return {C::kRows, C::kRows};
@@ -105,7 +105,7 @@ std::pair<int32_t, int32_t> fused_rows(const FusedGemms& f, int num_sms) {
     constexpr bool kBlocks = C::kPacked || C::kFloat8;
     return split_rows(hit, g.n / g.b_parts, g.b_parts, num_sms, most, kBlocks ? least : 40, kBlocks ? 0 : 8);
   };
-  const int32_t rows1 = 32 << int(f.tactic.tiles);  // split32, split64, ..: at most, and exactly of blocks, because half of them is another tactic
+  const int32_t rows1 = 32 << int(f.tactic.tiles);  // split32, split64, ..
   return {rows_of(f.gemm1, rows1, rows1), rows_of(f.gemm2, C::kRows, 64)};
 }
 
