@@ -211,3 +211,25 @@ def test_device_code_unpacks_words_of_four_bit_codes() -> None:
     got = host.unpack_words(words.to(torch.int32).numpy().tobytes())
     got = torch.frombuffer(bytearray(got), dtype=torch.int32).view(-1, 4).long() & 0xFFFFFFFF
     assert torch.equal(got, expected)
+
+
+@given(rows=st.integers(0, 3000), extra=st.sampled_from([0, 16]))
+@settings(deadline=None)
+def test_token_tiles_cover_the_rows_once(rows: int, extra: int) -> None:
+    """128 rows a tile but the last, or one or two tall tiles as high as each other; never more tiles than without."""
+    begins = host.token_tiles(rows, 128, extra)
+    heights = [end - begin for begin, end in zip(begins, begins[1:], strict=False)]
+    assert begins[0] == 0 and begins[-1] == rows and all(height > 0 for height in heights)
+    assert len(heights) <= -(-rows // 128)
+    if max(heights, default=0) > 128:
+        assert len(heights) in (1, 2) and max(heights) - min(heights) <= 1
+        assert 128 <= min(heights) and max(heights) <= 128 + extra
+    else:
+        assert all(height == 128 for height in heights[:-1])
+
+
+def test_token_tiles_of_a_few_rows_more() -> None:
+    """144 and 288 rows are as many as one or two tall tiles hold; three or more are never tall."""
+    tiles = {rows: len(host.token_tiles(rows, 128, 16)) - 1 for rows in (128, 129, 144, 145, 256, 257, 288, 289, 385)}
+    assert tiles == {128: 1, 129: 1, 144: 1, 145: 2, 256: 2, 257: 2, 288: 2, 289: 3, 385: 4}
+    assert host.token_tiles(265, 128, 16) == [0, 132, 265]

@@ -13,7 +13,7 @@ template <class C>
 struct Gather {
   using Loader = TokenLoader<C>;
   using Scales = typename Loader::Scales;
-  static constexpr int kRowsAtOnce = 4, kCopies = (C::kMaxTokens / kRowsAtOnce + C::kTokenWarps - 1) / C::kTokenWarps;
+  static constexpr int kRowsAtOnce = 4, kCopies = ((C::kMaxTokens + C::kExtraTokens) / kRowsAtOnce + C::kTokenWarps - 1) / C::kTokenWarps;
   const KernelParams& p;
   const Loader& loader;
   const int warp;                     // of the token warps
@@ -42,7 +42,7 @@ struct Gather {
 
   // Past the last k and the last row: zeros.
   __device__ void copy(int stage, int kb) const {
-    const int lane = loader.lane, groups = (1 << loader.tile.size) / kRowsAtOnce;
+    const int lane = loader.lane, groups = tokens_of<C>(loader.tile) / kRowsAtOnce;
     const uint8_t* tokens = static_cast<const uint8_t*>(p.gathered) + kb * 128;
     const uint32_t mask = kb * 8 + lane % 8 < p.row_chunks ? exists : 0;
     // Copy j goes kRowsAtOnce * kTokenWarps * j rows further down: the row's swizzle is that of copy 0 or, for odd j, that one's plus 4.

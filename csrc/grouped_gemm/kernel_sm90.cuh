@@ -16,7 +16,8 @@
 // for each warpgroup; a thread then needs two token scales a K block, where narrow tiles read one for each of its tokens (at 128 tokens ncu
 // showed L1/shared memory 79 % busy with those, 50 % without). In both, gate and up of one channel meet in one thread, because a warpgroup
 // computes one wave of gate rows and one of up rows (Mode::gated). Half-wide tiles (64 tokens, where a kernel has wide ones of two waves):
-// each warpgroup multiplies one wave by all tokens, and then they exchange gate for up.
+// each warpgroup multiplies one wave by all tokens, and then they exchange gate for up. Tall tiles (16 bits; up to 144 tokens): a wide tile, and what is
+// more than 128 tokens as in a narrow one, from the same stages (float8 has no registers for that: it was up to 12 % slower, history, 31).
 //
 // Two GEMMs in one launch: tiles of GEMM2 are drawn after all of GEMM1, and wait until the act of their tokens is complete
 // (`ready`; split: gate_up itself says so). Their weights do not wait: the pipeline fills with them while GEMM1 ends. Every tile
@@ -36,6 +37,7 @@
 #include "common/launch.h"
 #include "grouped_gemm/mma_sm90.cuh"
 #include "grouped_gemm/sm90_config.h"
+#include "grouped_gemm/token_tiles_sm90.h"
 
 namespace moe::sm90 {
 
@@ -61,12 +63,14 @@ struct Config {
   static constexpr int kRows = kWaveRows * kWaves;
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr bool kCanGather = kGated && kMaxTokens == 128;
+  static constexpr bool kHasWide = kMaxTokens == 128 && !kPacked;  // packed weights are an operand in registers: the 64-row one
+  static constexpr int kExtraTokens = kHasWide && !kFloat8 ? sm90::kExtraTokens : 0;
   static constexpr int kBlockBytes = packed_block_bytes(kPacking);  // packed: of 64 weight rows
   // K blocks, 128 bytes of a token, in a stage. With few tokens a block is less work than its barriers, and float8 sums of two blocks, which do
   // not wait for each other, take hardly longer than one; but with 128 rows five stages are too few.
   static constexpr int kStageBlocks = kSplit && (!kFloat8 || (!kPacked && kWarpgroups == 1)) ? 2 : 1;
   static constexpr int kStageWeightBlocks = kStageBlocks * (kPacked && kFloat8 ? 2 : 1);  // packed: of 64 k each
-  static constexpr int kBlockWeightBytes = kPacked ? kRows / kPackedBlock * kBlockBytes : kRows * 128, kBlockTokenBytes = kMaxTokens * 128;
+  static constexpr int kBlockWeightBytes = kPacked ? kRows / kPackedBlock * kBlockBytes : kRows * 128, kBlockTokenBytes = (kMaxTokens + kExtraTokens) * 128;
   static constexpr int kWeightBytes = kStageWeightBlocks * kBlockWeightBytes;
   static constexpr int kTokenBytes = kStageBlocks * kBlockTokenBytes;
   static constexpr int kWaveScales = kFloat8 ? kMaxTokens : 0;  // floats a wave and stage
@@ -91,7 +95,6 @@ struct Config {
   static constexpr int kReaders = kConsumers + kLanes * kTokenWarps;  // threads that are told of a tile
   // With narrow tiles of 64 tokens beside wide ones of two waves, ptxas runs out of registers and makes every wgmma wait (C7511): those kernels
   // have half-wide ones, which take the wide ones' loop.
-  static constexpr bool kHasWide = kMaxTokens == 128 && !kPacked;  // packed weights are an operand in registers: the 64-row one
   static constexpr bool kHasHalfWide = kHasWide && kWaves == 2;
   // Registers a thread, moved from producers to consumers. The three warpgroups start with 168 each (80 with two thread blocks an SM) and
   // share exactly that: asking for more waits for ever.
@@ -117,10 +120,15 @@ struct Tile {
   int32_t part, row;      // first weight row, within its part (gated: the same row of both parts)
   int32_t token;          // first row of the token matrix
   int32_t valid_tokens;
-  int32_t size;           // log2 of the tokens multiplied, 8 .. kMaxTokens: one that holds valid_tokens; 0: no more tiles
+  int32_t size;           // log2 of the tokens multiplied, 8 .. kMaxTokens, without those that a tall tile has more; 0: no more tiles
   int32_t token_tile;     // token tiles before it, of all experts: the same for both GEMMs
   int32_t act_ready;      // GEMM2: whether act was complete when the tile's expert was looked up
 };
+
+template <class C>
+__device__ __forceinline__ bool is_tall(const Tile& tile) { return C::kExtraTokens > 0 && tile.valid_tokens > C::kMaxTokens; }
+template <class C>
+__device__ __forceinline__ int32_t tokens_of(const Tile& tile) { return (1 << tile.size) + (is_tall<C>(tile) ? C::kExtraTokens : 0); }
 
 // Shared memory of a thread block; operands as addresses in the shared window, so that no access is a generic one.
 template <class C>
@@ -258,9 +266,11 @@ struct TileFinder {
 
   __device__ void set_tokens(Tile& tile, int32_t token_tile) const {
     const int32_t first = smem.offsets[expert], rows = rows_in_use<C>(p, expert, smem.offsets[expert + 1] - first);
-    tile.token = first + token_tile * C::kMaxTokens;
-    tile.valid_tokens = min(C::kMaxTokens, first + rows - tile.token);
-    tile.size = max(3, 32 - __clz(tile.valid_tokens - 1));
+    const TokenTiles tiles(rows, C::kMaxTokens, C::kExtraTokens);
+    const int32_t begin = tiles.begin(token_tile);
+    tile.token = first + begin;
+    tile.valid_tokens = tiles.begin(token_tile + 1) - begin;
+    tile.size = max(3, 32 - __clz(min(tile.valid_tokens, C::kMaxTokens) - 1));
     tile.token_tile = first_token_tile + token_tile;
     tile.act_ready = C::kGated && gemm == 1 && token_tile < 32 && (ready >> token_tile & 1);
   }
@@ -286,7 +296,7 @@ __device__ __forceinline__ void count_tiles(const KernelParams& p, const Smem<C>
     const int e = first + threadIdx.x;
     const bool exists = e < p.num_experts;
     const int32_t rows = !exists ? 0 : counted ? smem.offsets[e + 1] : p.expert_offsets[e + 1] - p.expert_offsets[e];
-    int2 sum = {rows, (rows_in_use<C>(p, e, rows) + C::kMaxTokens - 1) / C::kMaxTokens};
+    int2 sum = {rows, TokenTiles(rows_in_use<C>(p, e, rows), C::kMaxTokens, C::kExtraTokens).count};
     for (int d = 1; d < kLanes; d *= 2) {
       const int2 other = {__shfl_up_sync(~0u, sum.x, d), __shfl_up_sync(~0u, sum.y, d)};
       if (lane >= d) sum.x += other.x, sum.y += other.y;

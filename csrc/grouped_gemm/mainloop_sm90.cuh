@@ -3,6 +3,7 @@
 //   narrow: wave w is total[w * kTokens / 2 ..] = [64 weight rows of this warpgroup, kTokens tokens]
 //   wide:   wave w is total[w * 64 ..]          = [64 tokens of this warpgroup, 128 weight rows]; half-wide: of all 64 tokens, total[0 ..] is
 //           the wave of this warpgroup's number
+//   tall:   wide, and the tokens past 128 as in a narrow tile of kExtraTokens, in `extra`
 // in wgmma's register layout (mma_sm90.cuh).
 #pragma once
 #include "grouped_gemm/packed_float8_mainloop_sm90.cuh"
@@ -12,14 +13,14 @@ namespace moe::sm90 {
 
 constexpr int kWideBytes = 128 * kRowBytes;  // 128 weight rows: wave w + 1 after wave w
 
-enum class TileShape { narrow, half_wide, wide };
+enum class TileShape { narrow, half_wide, wide, tall };
 
 // Low words of the descriptors of a stage's operands: what this warpgroup has of them. Narrow: its rows of each wave; wide: its tokens;
 // half-wide: its wave.
 template <class C, TileShape kShape>
 struct Operands {
   static constexpr int kWeightRows = kShape == TileShape::narrow ? 64 : kShape == TileShape::half_wide ? C::kWaveRows : 0;
-  static constexpr int kTokenRows = kShape == TileShape::wide ? 64 : 0;
+  static constexpr int kTokenRows = kShape == TileShape::wide || kShape == TileShape::tall ? 64 : 0;
   uint32_t weights, tokens;
   __device__ Operands(const Smem<C>& smem, int stage, int warpgroup)
       : weights(descriptor_low(smem.weights + warpgroup * kWeightRows * kRowBytes) + stage * (C::kWeightBytes >> 4)),
@@ -158,12 +159,12 @@ __device__ __forceinline__ void multiply_float8_wide(const Smem<C>& smem, Pipeli
 }
 
 // 16 bits, narrow and wide: one K block in flight while the next is issued. `issue(stage)` starts the wgmma of a block.
-template <class C, int kCount, class Issue>
-__device__ __forceinline__ void multiply_16bit(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, float (&total)[kCount],
-                                               Issue&& issue) {
+template <class C, class Issue, int... kCount>
+__device__ __forceinline__ void multiply_16bit(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, Issue&& issue,
+                                               float (&... sums)[kCount]) {
   int previous = -1;
-  clear(total);
-  fence_registers(total);
+  (clear(sums), ...);
+  (fence_registers(sums), ...);
 #pragma unroll 1
   for (int kb = 0; kb < k_stages; ++kb, pipe.advance()) {
     wait_full<C>(smem, pipe);
@@ -175,7 +176,7 @@ __device__ __forceinline__ void multiply_16bit(const Smem<C>& smem, PipelineStat
     previous = pipe.stage;
   }
   cute::warpgroup_wait<0>();
-  fence_registers(total);
+  (fence_registers(sums), ...);
   release<C>(smem, previous);
 }
 
@@ -191,7 +192,7 @@ __device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::k
   } else if constexpr (C::kFloat8) {
     multiply_float8<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
   } else {
-    multiply_16bit<C>(smem, pipe, k_stages, total, [&](int stage) {
+    const auto issue = [&](int stage) {
       const Operands<C, TileShape::narrow> in(smem, stage, warpgroup);
 #pragma unroll
       for (int kk = 0; kk < 4 * C::kStageBlocks; ++kk)
@@ -200,23 +201,33 @@ __device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::k
               in.weights + kk / 4 * (C::kBlockWeightBytes >> 4) + w * (C::kWaveRows * kRowBytes >> 4) + 2 * (kk % 4),
               in.tokens + kk / 4 * (C::kBlockTokenBytes >> 4) + 2 * (kk % 4), total, true);
         });
-    });
+    };
+    multiply_16bit<C>(smem, pipe, k_stages, issue, total);
   }
 }
 
-template <class C, TileShape kShape>
+template <class C, TileShape kShape, int kExtra>
 __device__ __forceinline__ void multiply_wide(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, int warpgroup,
-                                              float (&total)[C::kWaves * 64]) {
+                                              float (&total)[C::kWaves * 64], float (&extra)[kExtra]) {
   if constexpr (C::kFloat8) {
     multiply_float8_wide<C, kShape>(smem, pipe, k_stages, warpgroup, total);
   } else {
     // All waves in one instruction: the tokens are read from shared memory once.
-    multiply_16bit<C>(smem, pipe, k_stages, total, [&](int stage) {
+    const auto issue = [&](int stage) {
       const Operands<C, kShape> in(smem, stage, warpgroup);
+      const Operands<C, TileShape::narrow> narrow(smem, stage, warpgroup);
 #pragma unroll
-      for (int kk = 0; kk < 4; ++kk)
+      for (int kk = 0; kk < 4; ++kk) {
         Mma<typename C::Element, (kShape == TileShape::half_wide ? 1 : C::kWaves) * 128>::run(in.tokens + 2 * kk, in.weights + 2 * kk, total, true);
-    });
+        if constexpr (kShape == TileShape::tall)
+          unrolled<C::kWaves>([&](auto w) {
+            Mma<typename C::Element, C::kExtraTokens, w * C::kExtraTokens / 2>::run(narrow.weights + w * (C::kWaveRows * kRowBytes >> 4) + 2 * kk,
+                                                                                    narrow.tokens + (C::kMaxTokens * kRowBytes >> 4) + 2 * kk, extra, true);
+          });
+      }
+    };
+    if constexpr (kShape == TileShape::tall) multiply_16bit<C>(smem, pipe, k_stages, issue, total, extra);
+    else multiply_16bit<C>(smem, pipe, k_stages, issue, total);
   }
 }
 

@@ -32,8 +32,8 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
   while (true) {
     const Tile& tile = wait_tile(smem, slot);
     if (tile.size == 0 || tile.gemm == 1) signal();
-    const uint32_t state = uniform(tile.size | tile.gemm << 8 | pipe.phase << 9 | pipe.stage << 10);
-    const int size = state & 0xff;
+    const uint32_t state = uniform(tile.size | is_tall<C>(tile) << 7 | tile.gemm << 8 | pipe.phase << 9 | pipe.stage << 10);
+    const int size = state & 0x7f;
     if (size == 0) return;
     const GemmParams& g = p.gemm[C::kFused ? state >> 8 & 1 : 0];
     const int k_stages = g.k_stages;
@@ -51,10 +51,16 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
       NarrowEpilogue<C, kTokens>{p, smem, tile, g, total}.run();
     };
     auto wide = [&]<TileShape kShape>() {
-      float total[C::kWaves * 64];
-      multiply_wide<C, kShape>(smem, pipe, k_stages, warpgroup, total);
+      float total[C::kWaves * 64], extra[C::kExtraTokens > 0 ? C::kWaves * C::kExtraTokens / 2 : 1];
+      multiply_wide<C, kShape>(smem, pipe, k_stages, warpgroup, total, extra);
       signal();
       WideEpilogue<C, kShape == TileShape::half_wide>{p, smem, tile, g, total}.run();
+      if constexpr (kShape == TileShape::tall) {
+        Tile rest = tile;
+        rest.token += C::kMaxTokens;
+        rest.valid_tokens -= C::kMaxTokens;
+        NarrowEpilogue<C, C::kExtraTokens>{p, smem, rest, g, extra}.run();
+      }
     };
     switch (size) {
       case 3: narrow.template operator()<8>(); break;
@@ -65,6 +71,11 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
         else if constexpr (C::kMaxTokens >= 64) narrow.template operator()<64>();
         break;
       default:
+        if constexpr (C::kExtraTokens > 0)
+          if (state >> 7 & 1) {
+            wide.template operator()<TileShape::tall>();
+            break;
+          }
         if constexpr (C::kHasWide) wide.template operator()<TileShape::wide>();
         else if constexpr (C::kMaxTokens == 128) narrow.template operator()<128>();
     }

@@ -238,10 +238,13 @@ struct TokenLoader {
   __device__ void fill(int stage, int kb, const Scales& s) const {
     Barrier& full = smem.full[stage];
     if (lane == 0) {
-      asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(cute::cast_smem_ptr_to_uint(&full)), "r"((128 << tile.size) * C::kStageBlocks) : "memory");
+      asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(cute::cast_smem_ptr_to_uint(&full)), "r"(tokens_of<C>(tile) * kRowBytes * C::kStageBlocks) : "memory");
       for (int h = 0; h < C::kStageBlocks; ++h)
         tma_load(smem.tokens + stage * C::kTokenBytes + h * C::kBlockTokenBytes, &p.gemm[tile.gemm].tokens[tile.size - 3], full,
                  (kb * C::kStageBlocks + h) * kBlockK<C>, tile.token);
+      if (is_tall<C>(tile))
+        tma_load(smem.tokens + stage * C::kTokenBytes + C::kMaxTokens * kRowBytes, &p.gemm[tile.gemm].tokens[kExtraMap], full, kb * kBlockK<C>,
+                 tile.token + C::kMaxTokens);
     }
     store_scales<true>(stage, s);
   }

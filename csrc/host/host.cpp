@@ -13,6 +13,7 @@
 //                                                  num_experts, hidden_size, intermediate_size, num_sms, can_gather, can_split,
 //                                                  local_share, rounds_acts)
 //   split_rows(hit, part_rows, parts, num_sms, most, least, step)  grouped_gemm/tactics_sm90.h
+//   token_tiles(rows, most, extra)                  grouped_gemm/token_tiles_sm90.h: where each begins, and the end
 //   read_block_scaled(format, ...)               what a block-scaled grouped GEMM reads (block_scaled.cpp)
 // Arrays come and go as bytes.
 #include "host/device_shims.h"
@@ -31,6 +32,7 @@
 #include "common/scale_layouts.h"
 #include "grouped_gemm/packed_word.h"
 #include "grouped_gemm/tactics_sm90.h"
+#include "grouped_gemm/token_tiles_sm90.h"
 
 namespace py = pybind11;
 
@@ -206,6 +208,13 @@ std::string choose_tactic(const Facts& facts) {
   return moe::sm90::tactic_name(moe::sm90::choose_tactic(layer_facts(facts)));
 }
 
+std::vector<int32_t> token_tiles(int32_t rows, int32_t most, int32_t extra) {
+  const moe::sm90::TokenTiles tiles(rows, most, extra);
+  std::vector<int32_t> begins;
+  for (int32_t tile = 0; tile <= tiles.count; ++tile) begins.push_back(tiles.begin(tile));
+  return begins;
+}
+
 std::vector<std::string> possible_tactics(const Facts& facts) {
   std::vector<std::string> names;
   for (const auto& tactic : moe::sm90::possible_tactics(layer_facts(facts))) names.push_back(moe::sm90::tactic_name(tactic));
@@ -227,6 +236,7 @@ PYBIND11_MODULE(_host, module) {
   module.def("unpack_words", &unpack_words, "words"_a);
   module.def("choose_tactic", &choose_tactic, "facts"_a);
   module.def("possible_tactics", &possible_tactics, "facts"_a);
+  module.def("token_tiles", &token_tiles, "rows"_a, "most"_a, "extra"_a);
   module.def("split_rows", &moe::sm90::split_rows, "hit"_a, "part_rows"_a, "parts"_a, "num_sms"_a, "most"_a, "least"_a, "step"_a);
   bind_block_scaled(module);
 }
