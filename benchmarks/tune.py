@@ -150,6 +150,7 @@ class Constants:
     )
     alone_rounds: float = threshold("gated: GEMM2 alone with fewer tiles an SM than this,", 0, 1, 2, 3, 4, 6, 8, 12)
     alone_k_blocks: float = threshold("if its K has at least this many blocks of 128", 8, 16, 24, 32, 48, 64, 96)
+    alone_rows: float = threshold("and from this many rows an expert on", 0, 4, 8, 16, 32, 48, 64, 96)
 
 
 def choose_tiles(facts: Facts, constants: Constants) -> str:
@@ -209,6 +210,7 @@ def choose_tactic(facts: Facts, constants: Constants) -> str:
         not tiles.startswith("split")
         and gemm2_tiles(facts, tiles) < constants.alone_rounds * facts.num_sms
         and facts.intermediate_size >= constants.alone_k_blocks * 128
+        and facts.expected_rows >= constants.alone_rows * facts.num_experts
     )
     return tiles + ALONE if alone else tiles
 

@@ -134,8 +134,8 @@ qwen30b    128  gated64           gated64           gated32           gated64
 qwen30b    512  gathered128       gated64           gated64           gated64
 qwen30b   8192  gathered128       gated128          gated128          gated64
 mixtral      1  split64           split128          split256          split128
-mixtral      8  gated64+gemm2     gated64           split256          gated64
-mixtral    128  gated128+gemm2    gated64           gated64+gemm2     gated64
+mixtral      8  gated64           gated64           split256          gated64
+mixtral    128  gated128          gated64           gated64+gemm2     gated64
 mixtral    512  gated128+gemm2    gated128          gated128+gemm2    gated64
 mixtral   8192  gated128          gated128          gated128          gated64
 gptoss       1  split64           split128          split256          split128

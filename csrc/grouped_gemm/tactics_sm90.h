@@ -114,13 +114,14 @@ inline Tiles choose_tiles(const LayerFacts& f) {
   return f.can_gather && tiles_of(f.intermediate_size, 128) <= c.gathered_row_tiles ? Tiles::gathered128 : Tiles::gated128;
 }
 
-// Where GEMM2's tiles are few and long: smaller ones, in a launch of their own, end together.
+// Where GEMM2's tiles are few and long: smaller ones, in a launch of their own, end together. With few rows (16 bits) memory decides, and one launch
+// reads on while GEMM1 ends.
 inline bool gemm2_alone(const LayerFacts& f, Tiles tiles) {
   const TacticConstants& c = constants_of(f.elements);
   const double rows = f.expected_rows(), hit = expected_hit(rows, f.num_experts);
   const double token_tiles = hit > 0 ? hit * std::ceil(rows / hit / tokens_of(tiles)) : 0;
   const double gemm2_tiles = token_tiles * double(tiles_of(f.hidden_size, 256));
-  return gated(tiles) && gemm2_tiles < c.alone_rounds * f.num_sms && f.intermediate_size >= c.alone_k_blocks * 128;
+  return gated(tiles) && gemm2_tiles < c.alone_rounds * f.num_sms && f.intermediate_size >= c.alone_k_blocks * 128 && rows >= c.alone_rows * f.num_experts;
 }
 
 inline Tactic choose_tactic(const LayerFacts& f) {
