@@ -15,10 +15,10 @@ using EncodeTensorMap = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32
 
 EncodeTensorMap encode_tensor_map();  // the driver's cuTensorMapEncodeTiled, or null
 
-// Rows of 128 bytes, 128-byte swizzle, zeros outside: dims (k, rows, groups), box (128 bytes, box_rows, 1). Weights (groups > 0) are fetched into L2 by
-// the 128 bytes that are asked for: by 256, decode reads memory up to 4 % slower (history, 32).
+// Rows of 128 bytes, 128-byte swizzle, zeros outside: dims (k, rows, groups), box (128 bytes, box_rows, 1). fetch: what a miss in L2 loads.
 template <class Element>
-cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t k, int64_t rows, int64_t groups, uint32_t box_rows) {
+cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t k, int64_t rows, int64_t groups, uint32_t box_rows,
+                            CUtensorMapL2promotion fetch = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   const EncodeTensorMap encode = encode_tensor_map();
   if (encode == nullptr) return cudaErrorNotSupported;
   constexpr CUtensorMapDataType kType = sizeof(Element) == 1                        ? CU_TENSOR_MAP_DATA_TYPE_UINT8
@@ -29,8 +29,7 @@ cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t k, int64
   const cuuint64_t stride[2] = {cuuint64_t(k) * sizeof(Element), cuuint64_t(k) * rows * sizeof(Element)};
   const cuuint32_t box[3] = {128 / sizeof(Element), box_rows, 1}, step[3] = {1, 1, 1};
   const CUresult status = encode(map, kType, rank, const_cast<void*>(data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                 CU_TENSOR_MAP_SWIZZLE_128B, groups > 0 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                 CU_TENSOR_MAP_SWIZZLE_128B, fetch, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -59,7 +58,8 @@ cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, int32_t tile_r
     if (8 << size >= args.num_rows) break;  // no tile has more
   }
   if (C::kPacked) return cudaSuccess;
-  return make_tensor_map<Element>(&g.weights, args.b, args.k, g.part_rows, int64_t(args.num_experts) * g.parts, std::min(tile_rows, C::kWaveRows));
+  const auto fetch = fetches_few_bytes(args.num_rows, args.num_experts) ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+  return make_tensor_map<Element>(&g.weights, args.b, args.k, g.part_rows, int64_t(args.num_experts) * g.parts, std::min(tile_rows, C::kWaveRows), fetch);
 }
 
 // Once for each device, where the driver keeps it.

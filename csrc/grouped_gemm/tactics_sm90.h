@@ -149,6 +149,9 @@ inline std::vector<Tactic> possible_tactics(const LayerFacts& f) {
 constexpr bool few_tokens(int64_t num_rows, int32_t num_experts) { return num_rows <= 48 * int64_t(num_experts); }
 constexpr bool very_few_tokens(int64_t num_rows, int32_t num_experts) { return num_rows <= 12 * int64_t(num_experts); }
 
+// Up to here, weights are fetched into L2 by the 128 bytes of a row that are asked for, else by 256, which are the next K block's, too (history, 32).
+constexpr bool fetches_few_bytes(int64_t num_rows, int32_t num_experts) { return num_rows <= 32 * int64_t(num_experts); }
+
 // Weight rows of a tile: 64, 128 or 256. Its tokens (8, 16, .. 128) follow each expert's count, on the device.
 constexpr int32_t choose_tile_rows(int64_t num_rows, int32_t num_experts, int32_t part_rows, int32_t parts, int32_t num_sms) {
   const int64_t token_tiles = max_token_tiles(num_rows, num_experts) * parts;
