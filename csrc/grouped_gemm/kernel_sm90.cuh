@@ -16,7 +16,7 @@
 // for each warpgroup; a thread then needs two token scales a K block, where narrow tiles read one for each of its tokens (at 128 tokens ncu
 // showed L1/shared memory 79 % busy with those, 50 % without). In both, gate and up of one channel meet in one thread, because a warpgroup
 // computes one wave of gate rows and one of up rows (Mode::gated). Half-wide tiles (64 tokens, where a kernel has wide ones of two waves):
-// each warpgroup multiplies one wave by all tokens, and then they exchange gate for up. Tall tiles (16 bits; up to 144 tokens): a wide tile, and what is
+// each warpgroup multiplies one wave by all tokens, and then they exchange gate for up. Tall tiles (16 bits, two waves; up to 144 tokens): a wide tile, and what is
 // more than 128 tokens as in a narrow one, from the same stages (float8 has no registers for that: it was up to 12 % slower, history, 31).
 //
 // Two GEMMs in one launch: tiles of GEMM2 are drawn after all of GEMM1, and wait until the act of their tokens is complete
@@ -64,7 +64,10 @@ struct Config {
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr bool kCanGather = kGated && kMaxTokens == 128;
   static constexpr bool kHasWide = kMaxTokens == 128 && !kPacked;  // packed weights are an operand in registers: the 64-row one
-  static constexpr int kExtraTokens = kHasWide && !kFloat8 ? sm90::kExtraTokens : 0;
+  // With narrow tiles of 64 tokens beside wide ones of two waves, ptxas runs out of registers and makes every wgmma wait (C7511): those kernels
+  // have half-wide ones, which take the wide ones' loop.
+  static constexpr bool kHasHalfWide = kHasWide && kWaves == 2;
+  static constexpr int kExtraTokens = kHasHalfWide && !kFloat8 ? sm90::kExtraTokens : 0;  // of tall tiles; with one wave they would cost a stage of six
   static constexpr int kBlockBytes = packed_block_bytes(kPacking);  // packed: of 64 weight rows
   // K blocks, 128 bytes of a token, in a stage. With few tokens a block is less work than its barriers, and float8 sums of two blocks, which do
   // not wait for each other, take hardly longer than one; but with 128 rows five stages are too few.
@@ -84,7 +87,9 @@ struct Config {
   static constexpr int kBlocksPerSm = kBlocksPerSm_;  // 2: the latency of unpacking weights is hidden, but each tile takes longer
   static constexpr int kRowTokenBytes = kSplit ? 2 * kMaxSplitSlots : 0;
   static constexpr int kFixedBytes = kStagingBytes + 8 * (kMaxExperts + 1) + kRowTokenBytes + 20 * 16 + kTileSlots * 64;
-  static constexpr int kFittingStages = ((kBlocksPerSm == 2 ? kSmemLimit / 2 - 512 : kSmemLimit) - kFixedBytes) / kStageBytes;
+  static constexpr int kStagesBytes = (kBlocksPerSm == 2 ? kSmemLimit / 2 - 512 : kSmemLimit) - kFixedBytes;  // at most
+  static constexpr int kFittingStages = kStagesBytes / kStageBytes;
+  static_assert(kFittingStages == kStagesBytes / (kStageBytes - kStageBlocks * kExtraTokens * 128), "tall tiles would cost a stage");
   static constexpr int kStages = kFittingStages < 18 ? kFittingStages : 18;
   static constexpr int kSmemBytes = kFixedBytes + kStages * kStageBytes;
   // Warps that load tokens. Split: they quantise them, too, and tiles have as few as two K blocks, and a latency for each. They take steps of
@@ -93,9 +98,6 @@ struct Config {
   static constexpr int kTokenWarps = kSplit ? (kStages * kTokenSteps < 7 ? kStages * kTokenSteps : 7) : kFloat8 || kCanGather ? 3 : 1;
   static constexpr int kThreads = kConsumers + (kSplit ? 256 : 128);
   static constexpr int kReaders = kConsumers + kLanes * kTokenWarps;  // threads that are told of a tile
-  // With narrow tiles of 64 tokens beside wide ones of two waves, ptxas runs out of registers and makes every wgmma wait (C7511): those kernels
-  // have half-wide ones, which take the wide ones' loop.
-  static constexpr bool kHasHalfWide = kHasWide && kWaves == 2;
   // Registers a thread, moved from producers to consumers. The three warpgroups start with 168 each (80 with two thread blocks an SM) and
   // share exactly that: asking for more waits for ever.
   static constexpr bool kRebalanceRegisters = kWarpgroups == 2 && kThreads == 384;

@@ -7,6 +7,7 @@ namespace moe::sm90 {
 constexpr int32_t kExtraTokens = 16;  // that a tall tile has more than a wide one, at most
 constexpr int32_t kExtraMap = 1;      // GemmParams::tokens of so many
 constexpr int32_t kMostTall = 2;      // tiles of an expert
+static_assert(8 << kExtraMap == kExtraTokens);
 
 // Tiles of `most` rows. If one or two of them leave a few rows over, each takes its share of those (tall tiles), up to `extra`: a tile for what is left
 // would read all weights once more. Both are as tall, and so take as long: they have the same weights, which come from memory once only if they keep
