@@ -12,7 +12,7 @@ struct WideEpilogue {
   static constexpr int kWave = kHalfWide ? 32 : 64;  // values a thread has of gate and of up, of two tokens
   const KernelParams& p;
   const Smem<C>& smem;
-  const Tile tile;
+  const Tile& tile;
   const GemmParams& g;
   float (&total)[C::kWaves * 64];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warpgroup = warp / 4;

@@ -9,6 +9,7 @@
 //   producer warp 0: draws tiles; TMA of weights, 128 or 256 bytes of K a stage, 128-byte swizzle (packed ones: bulk copies)
 //   producer warps 1 to kTokenWarps: TMA of tokens (or gather_sm90.cuh, split_sm90.cuh), and for float8 products of the float32 scales (any
 //   strides)
+//   gated, the next producer warp, or where there is none warp 0: tells GEMM2 of act that is complete
 //   1, 2 or 4 consumer warpgroups: wgmma, promotion (float8), epilogue
 //
 // Narrow tiles (8 to 32 tokens, in some kernels 64; packed: up to 128): weight rows are wgmma's 64-row operand and tokens its N operand
@@ -48,6 +49,17 @@ constexpr int kSmemLimit = 232448;  // bytes a thread block can have on SM90; tw
 constexpr int kLanes = 32;
 constexpr int kRowBytes = 128;      // of K, of an operand row in shared memory
 
+struct Tile {
+  int32_t gemm;           // 0 or 1
+  int32_t expert;
+  int32_t part, row;      // first weight row, within its part (gated: the same row of both parts)
+  int32_t token;          // first row of the token matrix
+  int32_t valid_tokens;
+  int32_t size;           // log2 of the tokens multiplied, 8 .. kMaxTokens, without those that a tall tile has more; 0: no more tiles
+  int32_t token_tile;     // token tiles before it, of all experts: the same for both GEMMs
+  int32_t act_ready;      // GEMM2: whether act was complete when the tile's expert was looked up
+};
+
 // kRows = 64 * kWarpgroups * kWaves weight rows by up to kMaxTokens tokens. Split: GemmParams::tile_rows, of which alone something is loaded and stored;
 // stages are made for kRows, so with half as many rows less is in flight, which 8 and 16 bits notice (history, 28).
 template <class Element_, int kMaxTokens_, int kWarpgroups_, int kWaves_, Mode kMode_, Packing kPacking_ = Packing::none, int kBlocksPerSm_ = 1>
@@ -72,13 +84,15 @@ struct Config {
   // K blocks, 128 bytes of a token, in a stage. With few tokens a block is less work than its barriers, and float8 sums of two blocks, which do
   // not wait for each other, take hardly longer than one; but with 128 rows five stages are too few.
   static constexpr int kStageBlocks = kSplit && (!kFloat8 || (!kPacked && kWarpgroups == 1)) ? 2 : 1;
+  // Stages whose weights are asked for together, once all are free: neighbouring bytes of a row at a time are read faster from memory (history, 33).
+  static constexpr int kStagesAtOnce = !kSplit && !kPacked && kMaxTokens <= 64 ? 2 : 1;
   static constexpr int kStageWeightBlocks = kStageBlocks * (kPacked && kFloat8 ? 2 : 1);  // packed: of 64 k each
   static constexpr int kBlockWeightBytes = kPacked ? kRows / kPackedBlock * kBlockBytes : kRows * 128, kBlockTokenBytes = (kMaxTokens + kExtraTokens) * 128;
   static constexpr int kWeightBytes = kStageWeightBlocks * kBlockWeightBytes;
   static constexpr int kTokenBytes = kStageBlocks * kBlockTokenBytes;
   static constexpr int kWaveScales = kFloat8 ? kMaxTokens : 0;  // floats a wave and stage
   static constexpr int kBlockScaleBytes = 4 * kWaves * kWaveScales, kScaleBytes = kStageBlocks * kBlockScaleBytes;
-  static constexpr int kStageBytes = kWeightBytes + kTokenBytes + kScaleBytes;
+  static constexpr int kStageBytes = kWeightBytes + kTokenBytes + kScaleBytes + 2 * 8;  // with its two barriers
   // Epilogue: up to 64 tokens (packed: 128) x 64 columns of 16 bits for each warpgroup. Gated float8, narrow: act [64, 128] bytes, amax
   // [8 warps, 64], 1/scale [64]; wide: act [16, 128] bytes for each warp.
   static constexpr int kStoreTokens = kPacked && kMaxTokens == 128 ? 128 : 64, kStoreBytes = kWarpgroups * kStoreTokens * 128;
@@ -86,18 +100,19 @@ struct Config {
   static constexpr int kStagingBytes = kStoreBytes > kQuantBytes ? kStoreBytes : kQuantBytes;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;  // 2: the latency of unpacking weights is hidden, but each tile takes longer
   static constexpr int kRowTokenBytes = kSplit ? 2 * kMaxSplitSlots : 0;
-  static constexpr int kFixedBytes = kStagingBytes + 8 * (kMaxExperts + 1) + kRowTokenBytes + 20 * 16 + kTileSlots * 64;
+  static constexpr int kFixedBytes = kStagingBytes + 8 * (kMaxExperts + 1) + kRowTokenBytes + kTileSlots * (2 * 8 + int(sizeof(Tile)));
   static constexpr int kStagesBytes = (kBlocksPerSm == 2 ? kSmemLimit / 2 - 512 : kSmemLimit) - kFixedBytes;  // at most
   static constexpr int kFittingStages = kStagesBytes / kStageBytes;
   static_assert(kFittingStages == kStagesBytes / (kStageBytes - kStageBlocks * kExtraTokens * 128), "tall tiles would cost a stage");
   static constexpr int kStages = kFittingStages < 18 ? kFittingStages : 18;
   static constexpr int kSmemBytes = kFixedBytes + kStages * kStageBytes;
+  static constexpr bool kSignalWarp = kGated && !kCanGather;  // signal_act() has a warp; gathering takes all that there are (with two, up to 10 % slower)
   // Warps that load tokens. Split: they quantise them, too, and tiles have as few as two K blocks, and a latency for each. They take steps of
   // 128 k in turn, kTokenSteps of them a stage, and nobody may miss a round of the pipeline.
   static constexpr int kTokenSteps = kSplit ? kTokenBytes / (kMaxTokens * 128 * int(sizeof(Element))) : 1;
-  static constexpr int kTokenWarps = kSplit ? (kStages * kTokenSteps < 7 ? kStages * kTokenSteps : 7) : kFloat8 || kCanGather ? 3 : 1;
+  static constexpr int kTokenWarps = kSplit ? (kStages * kTokenSteps < 7 ? kStages * kTokenSteps : 7) : kCanGather ? 3 : kFloat8 ? 3 - kSignalWarp : 1;
   static constexpr int kThreads = kConsumers + (kSplit ? 256 : 128);
-  static constexpr int kReaders = kConsumers + kLanes * kTokenWarps;  // threads that are told of a tile
+  static constexpr int kReaders = kConsumers + kLanes * (kTokenWarps + kSignalWarp);  // threads that are told of a tile
   // Registers a thread, moved from producers to consumers. The three warpgroups start with 168 each (80 with two thread blocks an SM) and
   // share exactly that: asking for more waits for ever.
   static constexpr bool kRebalanceRegisters = kWarpgroups == 2 && kThreads == 384;
@@ -115,17 +130,6 @@ struct Config {
 };
 
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
-
-struct Tile {
-  int32_t gemm;           // 0 or 1
-  int32_t expert;
-  int32_t part, row;      // first weight row, within its part (gated: the same row of both parts)
-  int32_t token;          // first row of the token matrix
-  int32_t valid_tokens;
-  int32_t size;           // log2 of the tokens multiplied, 8 .. kMaxTokens, without those that a tall tile has more; 0: no more tiles
-  int32_t token_tile;     // token tiles before it, of all experts: the same for both GEMMs
-  int32_t act_ready;      // GEMM2: whether act was complete when the tile's expert was looked up
-};
 
 template <class C>
 __device__ __forceinline__ bool is_tall(const Tile& tile) { return C::kExtraTokens > 0 && tile.valid_tokens > C::kMaxTokens; }
@@ -175,6 +179,12 @@ __device__ __forceinline__ int32_t load_acquire(const int32_t* address) {
   int32_t value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
   return value;
+}
+
+// Adds 1 once what this thread knows to be stored is in memory, for TMA to read, too.
+__device__ __forceinline__ void add_release(int32_t* address) {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(address) : "memory");
 }
 
 // Finds tiles by their index, in any increasing order. Within an expert, tiles with the same weight rows follow each other. The last
@@ -392,11 +402,5 @@ __device__ __forceinline__ void clear(float (&d)[kCount]) {
 
 // A thread's four token scales for two groups of eight tokens are neighbours: one 16-byte load in multiply_float8().
 __device__ __forceinline__ int scale_index(int token) { return token / 16 * 16 + token % 8 / 2 * 4 + token / 8 % 2 * 2 + token % 2; }
-
-// Generic accesses before it happen before TMA and wgmma accesses after it, and the reverse.
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
-
-// Release before, or acquire after, a relaxed atomic of this thread. (__threadfence() is sequentially consistent, which nothing here needs.)
-__device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 }  // namespace moe::sm90

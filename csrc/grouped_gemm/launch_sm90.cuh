@@ -146,7 +146,7 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   p.activation = f.activation;
   p.tile_counter = f.sync;
   p.ready = f.sync + 2 * kCounterLine;
-  p.ready_count = groups * (C::kConsumers / 32);
+  p.ready_count = groups;
   p.act_scale = const_cast<float*>(f.gemm2.a_scale.data);
   p.act_scale_stride_row = f.gemm2.a_scale.stride_row;
   p.act_scale_stride_k = f.gemm2.a_scale.stride_k;

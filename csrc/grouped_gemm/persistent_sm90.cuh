@@ -6,13 +6,6 @@
 
 namespace moe::sm90 {
 
-// Tells GEMM2 that this warp's part of a token tile of act is in memory (gated).
-template <class C>
-__device__ __forceinline__ void signal_ready(const KernelParams& p, int32_t token_tile) {
-  fence_gpu();  // GEMM2 reads act by TMA: the fence between the two proxies is the reader's (wait_for_act())
-  atomicAdd(p.ready + token_tile, 1);
-}
-
 template <class C>
 __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
   PipelineState<C::kStages> pipe;
@@ -21,17 +14,8 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
   // moves each of them there again before every wgmma (R2UR).
   auto uniform = [](uint32_t x) { return __shfl_sync(~0u, x, 0); };
   const int warpgroup = uniform(threadIdx.x / 128);
-  const bool leader = (threadIdx.x & 31) == 0;
-  // Gated: a tile is signalled while the next one multiplies, when the fence no longer has stores to wait for; before
-  // anything that may wait for it in turn, at once.
-  int32_t unsignalled = -1;
-  auto signal = [&] {
-    if (C::kGated && unsignalled >= 0 && leader) signal_ready<C>(p, unsignalled);
-    unsignalled = -1;
-  };
   while (true) {
     const Tile& tile = wait_tile(smem, slot);
-    if (tile.size == 0 || tile.gemm == 1) signal();
     const uint32_t state = uniform(tile.size | is_tall<C>(tile) << 7 | tile.gemm << 8 | pipe.phase << 9 | pipe.stage << 10);
     const int size = state & 0x7f;
     if (size == 0) return;
@@ -47,13 +31,11 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
     auto narrow = [&]<int kTokens>() {
       float total[C::kWaves * kTokens / 2];
       multiply<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
-      signal();
       NarrowEpilogue<C, kTokens>{p, smem, tile, g, total}.run();
     };
     auto wide = [&]<TileShape kShape>() {
       float total[C::kWaves * 64], extra[C::kExtraTokens > 0 ? C::kWaves * C::kExtraTokens / 2 : 1];
       multiply_wide<C, kShape>(smem, pipe, k_stages, warpgroup, total, extra);
-      signal();
       WideEpilogue<C, kShape == TileShape::half_wide>{p, smem, tile, g, total}.run();
       if constexpr (kShape == TileShape::tall) {
         Tile rest = tile;
@@ -79,11 +61,6 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
         if constexpr (C::kHasWide) wide.template operator()<TileShape::wide>();
         else if constexpr (C::kMaxTokens == 128) narrow.template operator()<128>();
     }
-    if constexpr (C::kGated)
-      if (tile.gemm == 0) {
-        __syncwarp();  // the stores of all lanes, before the leader's fence
-        unsignalled = tile.token_tile;
-      }
     release_tile(smem, slot);
   }
 }
@@ -120,6 +97,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm_ker
     if constexpr (C::kRebalanceRegisters) cutlass::arch::warpgroup_reg_dealloc<C::kProducerRegisters>();
     if (warp == 0) {
       load_weights<C>(p, smem, first_tile);
+    } else if (C::kSignalWarp && warp == C::kTokenWarps + 1) {
+      if constexpr (C::kSignalWarp) signal_act<C>(p, smem);
     } else if (smem.gathered) {
       if constexpr (C::kCanGather) gather_tokens<C>(p, smem, warp - 1);
     } else if (warp <= C::kTokenWarps) {

@@ -85,6 +85,11 @@ __device__ __forceinline__ void load_plain(const KernelParams& p, const Smem<C>&
 #pragma unroll 1
   for (int kb = 0; kb < g.k_stages; ++kb, pipe.advance()) {
     before_stage(kb);
+    if (C::kStagesAtOnce > 1 && kb % C::kStagesAtOnce == 0 && kb + C::kStagesAtOnce <= g.k_stages) {
+      auto last = pipe;
+      last.advance(C::kStagesAtOnce - 1);
+      smem.empty[last.stage].wait(last.phase ^ 1);
+    }
     smem.empty[pipe.stage].wait(pipe.phase ^ 1);
     if (lane > 0) continue;
     Barrier& full = smem.full[pipe.stage];
@@ -95,6 +100,56 @@ __device__ __forceinline__ void load_plain(const KernelParams& p, const Smem<C>&
                  (kb * C::kStageBlocks + h) * kBlockK<C>, row[w], group[w]);
   }
 }
+
+// Gated: GEMM2 is told of a tile of act once all consumers have stored it. That takes 2000 to 4000 cycles, which the consumers spent at every tile when
+// they did it (history, 33).
+template <class C>
+__device__ __forceinline__ void signal_act(const KernelParams& p, const Smem<C>& smem, const TileSlot& slot, int32_t token_tile) {
+  smem.tile_empty[slot.stage()].wait(slot.phase());
+  if (threadIdx.x % kLanes == 0) add_release(p.ready + token_tile);
+}
+
+// By a warp of its own (kSignalWarp).
+template <class C>
+__device__ void signal_act(const KernelParams& p, const Smem<C>& smem) {
+  TileSlot slot;
+  while (true) {
+    const Tile& tile = wait_tile(smem, slot);
+    const int32_t size = tile.size, gemm = tile.gemm, token_tile = tile.token_tile;
+    if (size == 0) return;
+    const TileSlot its_slot = slot;
+    release_tile(smem, slot);  // copied
+    if (gemm == 0 && p.num_gemms == 2) signal_act<C>(p, smem, its_slot, token_tile);
+  }
+}
+
+// By warp 0, while it loads the next tiles.
+template <class C>
+struct LateSignal {
+  static constexpr bool kUsed = C::kGated && !C::kSignalWarp;
+  // Stages that it can load before: not those that have room only once a tile after it is finished, which may be one of GEMM2 and wait for this one;
+  // nor may a tile of a stage each take its slot.
+  static constexpr int kMostStages = std::min(C::kStages, kTileSlots - 2) - (C::kStagesAtOnce - 1);
+  const KernelParams& p;
+  const Smem<C>& smem;
+  TileSlot slot = {~0u};  // of the tile; ~0: none
+  int stage = 0;          // of the tile that is being loaded, before which it is time
+
+  __device__ void signal() {
+    if (!kUsed || slot.tiles == ~0u) return;
+    signal_act<C>(p, smem, slot, smem.tiles[slot.stage()].token_tile);
+    slot = {~0u};
+  }
+  // GEMM1 waits for nobody: in the middle of its tiles most loads are under way.
+  __device__ void start_tile(const Tile& tile) { stage = tile.gemm == 0 ? max(C::kStages, p.gemm[0].k_stages / 2) : max(0, stage); }
+  __device__ void end_tile(const Tile& tile, const TileSlot& next_slot) {
+    stage -= p.gemm[tile.gemm].k_stages;
+    if (!kUsed || tile.gemm == 1 || p.num_gemms == 1) return;
+    signal();
+    slot = {next_slot.tiles - 1};
+    stage = kMostStages;
+  }
+};
 
 constexpr int kDrawAhead = 4;  // stages
 
@@ -117,6 +172,7 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
   int draw_at = 0;              // stages of the current tile and its neighbours to be loaded before the next draw; -1: not among them
   Tile tile;
   auto draw = [&] { drawn = p.tile_counter == nullptr ? drawn + grid : atomicAdd(p.tile_counter, 1); };  // the leader
+  LateSignal<C> late_signal{p, smem};
   while (true) {
     if (index + 1 < last) {
       tile = finder.next(tile, index++);
@@ -144,13 +200,16 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
       smem.tile_full[slot.stage()].arrive();
     }
     slot.advance();
-    if (tile.size == 0) return;
+    if (tile.size == 0) return late_signal.signal();
+    late_signal.start_tile(tile);
     auto before_stage = [&](int stage) {
       if (stage == draw_at && leader) draw();
+      if (stage == late_signal.stage) late_signal.signal();
     };
     if constexpr (C::kPacked) load_packed<C>(p, smem, tile, pipe, before_stage);
     else load_plain<C>(p, smem, tile, pipe, before_stage);
     draw_at -= p.gemm[tile.gemm].k_stages;
+    late_signal.end_tile(tile, slot);
     if (first_draw && leader) {
       for (int tries = 0; tries < 20 && load_acquire(p.tile_counter) < grid; ++tries) __nanosleep(100);
       draw();
@@ -187,7 +246,6 @@ struct TokenLoader {
   __device__ void wait_for_act() {
     if (lane == 0) {
       while (!tile.act_ready && load_acquire(p.ready + tile.token_tile) < p.ready_count) __nanosleep(32);
-      fence_async_proxy();
     }
     __syncwarp();
   }

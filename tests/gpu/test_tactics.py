@@ -53,6 +53,18 @@ def test_short_tiles_that_are_drawn_together(sm90_product: str) -> None:
         assert torch.equal(with_tactic(call, tactic), expected), tactic
 
 
+@pytest.mark.parametrize("hidden_size", [256, 8192])
+def test_tiles_of_one_stage(sm90_product: str, hidden_size: int) -> None:
+    """GEMM2's K is one stage of the pipeline, and GEMM1's may be fewer than there are: what tells GEMM2 that act is complete
+    may not wait for tiles of GEMM2, of which a thread block has more than there are slots for tiles."""
+    call = layer(sm90_product, 500, hidden_size=hidden_size, intermediate_size=64, num_experts=64, top_k=4)
+    expected = with_tactic(call, "gated64")
+    assert expected.isfinite().all()
+    for tactic in possible_tactics(sm90_product, split=False):
+        for _ in range(20):
+            assert torch.equal(with_tactic(call, tactic), expected), tactic
+
+
 @pytest.mark.parametrize("num_tokens", [1, 33, 700])
 def test_the_same_bits(sm90_product: str, num_tokens: int) -> None:
     call = layer(sm90_product, num_tokens)
