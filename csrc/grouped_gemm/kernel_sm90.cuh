@@ -106,11 +106,14 @@ struct Config {
   static_assert(kFittingStages == kStagesBytes / (kStageBytes - kStageBlocks * kExtraTokens * 128), "tall tiles would cost a stage");
   static constexpr int kStages = kFittingStages < 18 ? kFittingStages : 18;
   static constexpr int kSmemBytes = kFixedBytes + kStages * kStageBytes;
-  static constexpr bool kSignalWarp = kGated && !kCanGather;  // signal_act() has a warp; gathering takes all that there are (with two, up to 10 % slower)
+  static_assert(kStages >= 5 || kPacked || kMaxTokens > 64, "smaller tiles would be up to 5 % slower");
+  // Whether signal_act() has a warp. Gathering takes all that there are: with two instead of three, layers were up to 10 % slower.
+  static constexpr bool kSignalWarp = kGated && !kCanGather;
   // Warps that load tokens. Split: they quantise them, too, and tiles have as few as two K blocks, and a latency for each. They take steps of
   // 128 k in turn, kTokenSteps of them a stage, and nobody may miss a round of the pipeline.
   static constexpr int kTokenSteps = kSplit ? kTokenBytes / (kMaxTokens * 128 * int(sizeof(Element))) : 1;
-  static constexpr int kTokenWarps = kSplit ? (kStages * kTokenSteps < 7 ? kStages * kTokenSteps : 7) : kCanGather ? 3 : kFloat8 ? 3 - kSignalWarp : 1;
+  static constexpr int kSplitTokenWarps = kStages * kTokenSteps < 7 ? kStages * kTokenSteps : 7;
+  static constexpr int kTokenWarps = kSplit ? kSplitTokenWarps : kCanGather ? 3 : kFloat8 ? 3 - kSignalWarp : 1;
   static constexpr int kThreads = kConsumers + (kSplit ? 256 : 128);
   static constexpr int kReaders = kConsumers + kLanes * (kTokenWarps + kSignalWarp);  // threads that are told of a tile
   // Registers a thread, moved from producers to consumers. The three warpgroups start with 168 each (80 with two thread blocks an SM) and

@@ -101,8 +101,8 @@ __device__ __forceinline__ void load_plain(const KernelParams& p, const Smem<C>&
   }
 }
 
-// Gated: GEMM2 is told of a tile of act once all consumers have stored it. That takes 2000 to 4000 cycles, which the consumers spent at every tile when
-// they did it (history, 33).
+// Gated: GEMM2 is told of a tile of act once all consumers have stored it. That takes 2000 to 4000 cycles, which the consumers spent at every
+// tile when they did it (history, 33).
 template <class C>
 __device__ __forceinline__ void signal_act(const KernelParams& p, const Smem<C>& smem, const TileSlot& slot, int32_t token_tile) {
   smem.tile_empty[slot.stage()].wait(slot.phase());
@@ -127,8 +127,8 @@ __device__ void signal_act(const KernelParams& p, const Smem<C>& smem) {
 template <class C>
 struct LateSignal {
   static constexpr bool kUsed = C::kGated && !C::kSignalWarp;
-  // Stages that it can load before: not those that have room only once a tile after it is finished, which may be one of GEMM2 and wait for this one;
-  // nor may a tile of a stage each take its slot.
+  // Stages that it can load before. Not those that have room only once a tile after it is finished: that may be one of GEMM2, and wait for
+  // this one. Nor so many that tiles of one stage each need its slot.
   static constexpr int kMostStages = std::min(C::kStages, kTileSlots - 2) - (C::kStagesAtOnce - 1);
   const KernelParams& p;
   const Smem<C>& smem;

@@ -55,8 +55,8 @@ def test_short_tiles_that_are_drawn_together(sm90_product: str) -> None:
 
 @pytest.mark.parametrize("hidden_size", [256, 8192])
 def test_tiles_of_one_stage(sm90_product: str, hidden_size: int) -> None:
-    """GEMM2's K is one stage of the pipeline, and GEMM1's may be fewer than there are: what tells GEMM2 that act is complete
-    may not wait for tiles of GEMM2, of which a thread block has more than there are slots for tiles."""
+    """GEMM2's K is one stage of the pipeline, and GEMM1's may be fewer than there are: what tells GEMM2 that act is
+    complete may not wait for tiles of GEMM2, of which a thread block has more than there are slots for tiles."""
     call = layer(sm90_product, 500, hidden_size=hidden_size, intermediate_size=64, num_experts=64, top_k=4)
     expected = with_tactic(call, "gated64")
     assert expected.isfinite().all()
