@@ -106,8 +106,8 @@ struct Config {
   static_assert(kFittingStages == kStagesBytes / (kStageBytes - kStageBlocks * kExtraTokens * 128), "tall tiles would cost a stage");
   static constexpr int kStages = kFittingStages < 18 ? kFittingStages : 18;
   static constexpr int kSmemBytes = kFixedBytes + kStages * kStageBytes;
-  static_assert(kStages >= 5 || kPacked || kMaxTokens > 64, "smaller tiles would be up to 5 % slower");
-  // Whether signal_act() has a warp. Gathering takes all that there are: with two instead of three, layers were up to 10 % slower.
+  static_assert(kStages >= 5 || kPacked || kMaxTokens > 64, "tiles of 64 tokens would lose a stage: float8 has room for just five");
+  // Whether signal_acts() has a warp. Gathering takes all that there are: with two instead of three, layers were up to 10 % slower.
   static constexpr bool kSignalWarp = kGated && !kCanGather;
   // Warps that load tokens. Split: they quantise them, too, and tiles have as few as two K blocks, and a latency for each. They take steps of
   // 128 k in turn, kTokenSteps of them a stage, and nobody may miss a round of the pipeline.

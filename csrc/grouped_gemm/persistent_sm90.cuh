@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm_ker
     if (warp == 0) {
       load_weights<C>(p, smem, first_tile);
     } else if (C::kSignalWarp && warp == C::kTokenWarps + 1) {
-      if constexpr (C::kSignalWarp) signal_act<C>(p, smem);
+      if constexpr (C::kSignalWarp) signal_acts<C>(p, smem);
     } else if (smem.gathered) {
       if constexpr (C::kCanGather) gather_tokens<C>(p, smem, warp - 1);
     } else if (warp <= C::kTokenWarps) {

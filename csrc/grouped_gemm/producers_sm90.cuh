@@ -111,7 +111,7 @@ __device__ __forceinline__ void signal_act(const KernelParams& p, const Smem<C>&
 
 // By a warp of its own (kSignalWarp).
 template <class C>
-__device__ void signal_act(const KernelParams& p, const Smem<C>& smem) {
+__device__ void signal_acts(const KernelParams& p, const Smem<C>& smem) {
   TileSlot slot;
   while (true) {
     const Tile& tile = wait_tile(smem, slot);
@@ -129,7 +129,8 @@ struct LateSignal {
   static constexpr bool kUsed = C::kGated && !C::kSignalWarp;
   // Stages that it can load before. Not those that have room only once a tile after it is finished: that may be one of GEMM2, and wait for
   // this one. Nor so many that tiles of one stage each need its slot.
-  static constexpr int kMostStages = std::min(C::kStages, kTileSlots - 2) - (C::kStagesAtOnce - 1);
+  static constexpr int kMostStages = std::min(C::kStages, kTileSlots - 2);
+  static_assert(!kUsed || C::kStagesAtOnce == 1, "the last of several stages has room later than the first");
   const KernelParams& p;
   const Smem<C>& smem;
   TileSlot slot = {~0u};  // of the tile; ~0: none
