@@ -6,8 +6,13 @@
 
 namespace moe::sm90 {
 
-// Named barriers 1 and 2: one warpgroup each; 3: all consumers; 4 to 7: two warps (half-wide tiles).
+// Named barriers.
+constexpr int kWarpgroupBarrier = 1;  // to 4: one warpgroup each
+constexpr int kActBarrier = 5;        // the threads that store act
+constexpr int kPairBarrier = 6;       // to 9: two warps (half-wide tiles); paired: two of each pair of warpgroups
+constexpr int kActThreads = 256;
 __device__ __forceinline__ void sync_threads(int barrier, int count) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory"); }
+__device__ __forceinline__ void arrive_threads(int barrier, int count) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(count) : "memory"); }
 
 __device__ __forceinline__ float load_bias(const GemmParams& g, int64_t index) {
   switch (g.bias_dtype) {
@@ -48,18 +53,23 @@ struct NarrowEpilogue {
   const Tile tile;
   const GemmParams& g;
   float (&total)[C::kWaves * kWave];
-  const int warpgroup = threadIdx.x / 128, thread = (C::kPacked ? read_thread() : threadIdx.x) % 128, warp = thread / 32, lane = thread % 32;
-  // Row of the wave that this thread's first accumulator belongs to; its second is eight below.
+  static __device__ int this_thread() { return C::kPacked ? read_thread() : threadIdx.x; }
+  const int warpgroup = this_thread() / 128, thread = this_thread() % 128, warp = thread / 32, lane = thread % 32;
+  // Row of the wave that this thread's first accumulator belongs to; its second is eight below. Of act, its channel.
   const int wave_row = warpgroup * 64 + warp * 16 + lane / 4;
+
+  __device__ __forceinline__ void origin(int wave, int32_t& part, int32_t& row) const {  // of this warpgroup's rows of a wave
+    block_origin<C>(p, tile, wave * C::kWarpgroups + warpgroup, part, row);
+  }
 
   static __device__ int token_of(int i, int lane) { return 8 * (i / 4) + 2 * (lane % 4) + i % 2; }  // of accumulator i
 
   __device__ __forceinline__ void add_bias(int wave) {
     int32_t part, row;
-    wave_origin<C>(p, tile, wave, part, row);
+    origin(wave, part, row);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int32_t r = row + wave_row + 8 * half;
+      const int32_t r = row + wave_row % 64 + 8 * half;
       if (r >= g.part_rows) continue;
       const float bias = load_bias(g, (int64_t(tile.expert) * g.parts + part) * g.part_rows + r);
 #pragma unroll
@@ -93,13 +103,13 @@ struct NarrowEpilogue {
       return pack_16bit(g.out_dtype, total[i], total[i + 1]);
     };
     const int chunk_of_lane = 2 * warp + (lane / 8) % 2;
-    sync_threads(1 + warpgroup, 128);  // the previous contents have been read
+    sync_threads(kWarpgroupBarrier + warpgroup, 128);  // the previous contents have been read
 #pragma unroll
     for (int group = 0; group < kTokens / 8; group += 2) {
       store_matrices_transposed(base + staged(8 * group + (lane / 16) * 8 + lane % 8, chunk_of_lane), packed(group, 0), packed(group, 1),
                                      packed(group + 1, 0), packed(group + 1, 1));
     }
-    sync_threads(1 + warpgroup, 128);
+    sync_threads(kWarpgroupBarrier + warpgroup, 128);
     auto out = static_cast<uint16_t*>(g.out);
 #pragma unroll
     for (int t = thread / 8; t < kTokens; t += 16) {
@@ -108,7 +118,7 @@ struct NarrowEpilogue {
         *reinterpret_cast<uint4*>(out + int64_t(tile.token + t) * g.out_stride + column + chunk * 8) =
             *reinterpret_cast<const uint4*>(staging + staged(t, chunk));
     }
-    sync_threads(1 + warpgroup, 128);  // read, before a wide tile writes warp by warp
+    sync_threads(kWarpgroupBarrier + warpgroup, 128);  // read, before a wide tile writes warp by warp
   }
 
   // The same for float32 out: eight lanes hold eight neighbouring columns, so registers go straight to memory.
@@ -132,17 +142,17 @@ struct NarrowEpilogue {
     float* amax = reinterpret_cast<float*>(staging + 64 * 128);  // [8 warps][kTokens]
     float* inverse = amax + 8 * kTokens;                         // [kTokens]
     const int32_t channels = min(128, g.part_rows - tile.row);
-    sync_threads(3, C::kConsumers);  // the previous tile's staging has been read
+    sync_threads(kActBarrier, kActThreads);  // the previous tile's staging has been read
 #pragma unroll
     for (int i = 0; i < kWave; i += i % 2 == 0 ? 1 : 3) {  // both values of a token pair, first row
       float m = 0.f;  // fmaxf ignores NaN, as the contract says
       if (wave_row < channels) m = fmaxf(m, fabsf(total[i]));
       if (wave_row + 8 < channels) m = fmaxf(m, fabsf(total[i + 2]));
       for (int d = 4; d < 32; d *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, d));
-      if (lane < 4) amax[(threadIdx.x / 32) * kTokens + token_of(i, lane)] = m;
+      if (lane < 4) amax[this_thread() / 32 * kTokens + token_of(i, lane)] = m;
     }
-    sync_threads(3, C::kConsumers);
-    for (int t = threadIdx.x; t < kTokens; t += C::kConsumers) {
+    sync_threads(kActBarrier, kActThreads);
+    for (int t = this_thread(); t < kTokens; t += kActThreads) {
       float m = amax[t];
       for (int w = 1; w < 8; ++w) m = fmaxf(m, amax[w * kTokens + t]);
       const float scale = fp8_block_scale(m);
@@ -150,22 +160,22 @@ struct NarrowEpilogue {
       if (t < tile.valid_tokens)
         p.act_scale[int64_t(tile.token + t) * p.act_scale_stride_row + (tile.row / 128) * p.act_scale_stride_k] = scale;
     }
-    sync_threads(3, C::kConsumers);
+    sync_threads(kActBarrier, kActThreads);
 #pragma unroll
     for (int i = 0; i < kWave; ++i) {
       const int token = token_of(i, lane), channel = wave_row + 8 * (i / 2 % 2);
       const __nv_fp8_e4m3 v(__fmul_rn(total[i], inverse[token]));
       staging[staged(token, channel / 16) + channel % 16] = v.__x;
     }
-    sync_threads(3, C::kConsumers);
+    sync_threads(kActBarrier, kActThreads);
     auto out = static_cast<uint8_t*>(g.out);
-    for (int t = threadIdx.x / 8; t < min(kTokens, tile.valid_tokens); t += C::kConsumers / 8) {
+    for (int t = this_thread() / 8; t < min(kTokens, tile.valid_tokens); t += kActThreads / 8) {
       const int chunk = thread % 8;
       if (chunk * 16 < channels)
         *reinterpret_cast<uint4*>(out + int64_t(tile.token + t) * g.out_stride + tile.row + chunk * 16) =
             *reinterpret_cast<const uint4*>(staging + staged(t, chunk));
     }
-    sync_threads(3, C::kConsumers);  // read, before a wide tile writes warp by warp
+    sync_threads(kActBarrier, kActThreads);  // read, before a wide tile writes warp by warp
   }
 
   // act of 128 channels (wave 0) -> what it stands for once it is quantised. A warp has 16 channels of all tokens.
@@ -173,37 +183,33 @@ struct NarrowEpilogue {
   __device__ void round_act() {
     constexpr int kWarps = block_k(kFormat) / 16;  // that share a scale
     const float global_scale = p.act_global_scale(1, tile.expert);
-    const int first_warp = threadIdx.x / 32 / kWarps * kWarps, channels = g.part_rows - tile.row;
+    const int first_warp = this_thread() / 32 / kWarps * kWarps, channels = g.part_rows - tile.row;
     float* amax = reinterpret_cast<float*>(smem.staging_ptr);  // [8 warps][kTokens]
-    if (kWarps > 1) sync_threads(3, C::kConsumers);            // the previous tile's staging has been read
-    auto round = [&](int i, float m) {
-      const Rounding<kFormat> rounding(m, global_scale);
-      total[i] = rounding(total[i]);
-      total[i + 2] = rounding(total[i + 2]);
-    };
+    sync_threads(kActBarrier, kActThreads);  // the previous tile's staging has been read
 #pragma unroll
     for (int i = 0; i < kWave; i += i % 2 == 0 ? 1 : 3) {  // both values of a token pair, first row
       float m = 0.f;  // fmaxf ignores NaN, as the contract says
       if (wave_row < channels) m = fmaxf(fmaxf(m, fabsf(total[i])), fabsf(total[i + 2]));
       for (int d = 4; d < 32; d *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, d));
-      if (kWarps == 1) round(i, m);
-      else if (lane < 4) amax[threadIdx.x / 32 * kTokens + token_of(i, lane)] = m;
+      if (lane < 4) amax[this_thread() / 32 * kTokens + token_of(i, lane)] = m;
     }
-    if (kWarps == 1) return;
-    sync_threads(3, C::kConsumers);
+    sync_threads(kActBarrier, kActThreads);
 #pragma unroll
     for (int i = 0; i < kWave; i += i % 2 == 0 ? 1 : 3) {
+      if (8 * (i / 4) >= tile.valid_tokens) break;
       float m = 0.f;
       for (int w = 0; w < kWarps; ++w) m = fmaxf(m, amax[(first_warp + w) * kTokens + token_of(i, lane)]);
-      round(i, m);
+      const Rounding<kFormat> rounding(m, global_scale);
+      total[i] = rounding(total[i]);
+      total[i + 2] = rounding(total[i + 2]);
     }
-    sync_threads(3, C::kConsumers);  // read, before staging is written
+    sync_threads(kActBarrier, kActThreads);  // read, before staging is written
   }
 
   // Packed weights are multiplied without their global scale, and smaller by a power of two; tokens without theirs.
   __device__ void apply_global_scale(int wave) {
     int32_t part, row;
-    wave_origin<C>(p, tile, wave, part, row);
+    origin(wave, part, row);
     const ScaleView& s = g.b_global_scale;
     const float scale = kUnpackedScale<C::kPacking> * (s.data != nullptr ? __ldg(s.data + tile.expert * s.stride_group + part * s.stride_row) : 1.f) *
                         p.act_global_scale(tile.gemm, tile.expert);
@@ -219,8 +225,7 @@ struct NarrowEpilogue {
     }
     unrolled<C::kWaves>([&](auto w) {
       int32_t part, row;
-      wave_origin<C>(p, tile, w, part, row);
-      row += warpgroup * 64;
+      origin(w, part, row);
       const int32_t column = part * g.part_rows + row, of_part = g.part_rows - row;
       const int32_t columns = C::kSplit ? min(of_part, g.tile_rows - warpgroup * 64) : of_part;
       if constexpr (C::kSplit)
@@ -230,11 +235,38 @@ struct NarrowEpilogue {
     });
   }
 
+  // Paired: warpgroups 2 and 3 hand over their values, up, to 0 and 1, whose threads have the same tokens and channels, through the staging of
+  // both, and go on to the next tile. Where value i is:
+  __device__ __forceinline__ uint32_t handed_over(int i) const {
+    return smem.staging + (warpgroup % 2 + 2 * (i / 16)) * C::kStoreTokens * 128 + (i % 16 * 128 + thread) * 4;
+  }
+
   __device__ __forceinline__ void store_activated() {
+    const int written = kPairBarrier + 2 * (warpgroup % 2), read = written + 1;
+    if constexpr (C::kPaired) {
+      sync_threads(written, 256);  // what was there has been read
+      if (warpgroup >= 2) {
+#pragma unroll
+        for (int i = 0; i < kWave; ++i) asm volatile("st.shared.f32 [%0], %1;" ::"r"(handed_over(i)), "f"(total[i]) : "memory");
+        arrive_threads(written, 256);
+        return sync_threads(read, 256);
+      }
+      sync_threads(written, 256);
+    }
+    const auto up = [&](int i) {
+      if constexpr (C::kPaired) {
+        float value;
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(handed_over(i)) : "memory");
+        return value;
+      } else {
+        return total[kWave + i];
+      }
+    };
     with_gated_activation(p.activation, [&](auto activate) {
 #pragma unroll
-      for (int i = 0; i < kWave; ++i) total[i] = activate(total[i], total[kWave + i]);
+      for (int i = 0; i < kWave; ++i) total[i] = activate(total[i], up(i));
     });
+    if constexpr (C::kPaired) arrive_threads(read, 256);
     with_rounding<C>(p.act_format, [&]<Format kFormat>() { round_act<kFormat>(); });
     const int32_t row = tile.row + warpgroup * 64;
     if constexpr (C::kFloat8) store_quantized();

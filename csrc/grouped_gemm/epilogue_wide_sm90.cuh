@@ -128,10 +128,10 @@ struct WideEpilogue {
     const auto at = [&](int of_warp, int i) { return smem.staging + of_warp * 16 * 128 + (i * 32 + lane) * 4; };
 #pragma unroll
     for (int i = 0; i < kCount; ++i) asm volatile("st.shared.f32 [%0], %1;" ::"r"(at(warp, i)), "f"(values[i]) : "memory");
-    sync_threads(4 + warp % 4, 64);
+    sync_threads(kPairBarrier + warp % 4, 64);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) asm volatile("ld.shared.f32 %0, [%1];" : "=f"(values[i]) : "r"(at(warp ^ 4, i)) : "memory");
-    sync_threads(4 + warp % 4, 64);  // read, before it is written again
+    sync_threads(kPairBarrier + warp % 4, 64);  // read, before it is written again
   }
 
   // Half-wide: gate and up of 64 channels of its tokens, instead of one of them of 128; total[0 ..] and total[32 ..].

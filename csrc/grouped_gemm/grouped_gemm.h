@@ -23,6 +23,7 @@ struct ScaleView {
 enum class Packing : int { none = 0, nvfp4 = 1, mxfp4 = 2, mxfp8 = 3, mxfp4_e4m3 = 4 };
 
 constexpr int kPackedBlock = 64;  // rows, and k
+constexpr bool is_4bit(Packing packing) { return packing != Packing::none && packing != Packing::mxfp8; }
 constexpr int packed_value_bytes(Packing packing) { return 64 * 64 / (packing == Packing::mxfp8 ? 1 : 2); }
 constexpr int packed_scale_bytes(Packing packing) { return 64 * 64 / (packing == Packing::nvfp4 ? 16 : 32); }
 constexpr int packed_block_bytes(Packing packing) {  // mxfp4_e4m3: and an exponent for each row

@@ -10,15 +10,17 @@
 //   producer warps 1 to kTokenWarps: TMA of tokens (or gather_sm90.cuh, split_sm90.cuh), and for float8 products of the float32 scales (any
 //   strides)
 //   gated, the next producer warp, or where there is none warp 0: tells GEMM2 of act that is complete
-//   1, 2 or 4 consumer warpgroups: wgmma, promotion (float8), epilogue
+//   1, 2 or 4 consumer warpgroups: wgmma, promotion (float8), epilogue. Two with two waves each or, where instructions decide (4-bit weights, up to
+//   64 tokens), four with one: then two have gate and two up (paired), which those hand over at the end and go on
 //
 // Narrow tiles (8 to 32 tokens, in some kernels 64; packed: up to 128): weight rows are wgmma's 64-row operand and tokens its N operand
 // ("swap A/B"), so that decode multiplies hardly more tokens than there are. Wide tiles (128 tokens): tokens are the 64-row operand, one half
 // for each warpgroup; a thread then needs two token scales a K block, where narrow tiles read one for each of its tokens (at 128 tokens ncu
 // showed L1/shared memory 79 % busy with those, 50 % without). In both, gate and up of one channel meet in one thread, because a warpgroup
-// computes one wave of gate rows and one of up rows (Mode::gated). Half-wide tiles (64 tokens, where a kernel has wide ones of two waves):
-// each warpgroup multiplies one wave by all tokens, and then they exchange gate for up. Tall tiles (16 bits, two waves; up to 144 tokens): a wide tile, and what is
-// more than 128 tokens as in a narrow one, from the same stages (float8 has no registers for that: it was up to 12 % slower, history, 31).
+// computes one wave of gate rows and one of up rows (Mode::gated; paired: after the handing over). Half-wide tiles (64 tokens, where a kernel
+// has wide ones of two waves): each warpgroup multiplies one wave by all tokens, and then they exchange gate for up. Tall tiles (16 bits, two
+// waves; up to 144 tokens): a wide tile, and what is more than 128 tokens as in a narrow one, from the same stages (float8 has no registers for
+// that: it was up to 12 % slower, history, 31).
 //
 // Two GEMMs in one launch: tiles of GEMM2 are drawn after all of GEMM1, and wait until the act of their tokens is complete
 // (`ready`; split: gate_up itself says so). Their weights do not wait: the pipeline fills with them while GEMM1 ends. Every tile
@@ -71,8 +73,9 @@ struct Config {
   static constexpr Mode kMode = kMode_;
   static constexpr bool kFused = kMode != Mode::plain, kGated = kMode == Mode::gated, kSplit = kMode == Mode::split;
   static constexpr int kMaxTokens = kMaxTokens_, kWarpgroups = kWarpgroups_, kWaves = kWaves_;
-  static constexpr int kWaveRows = 64 * kWarpgroups;     // weight rows of one wave: within one 128-row scale block
+  static constexpr int kWaveRows = 64 * kWarpgroups;     // weight rows of one wave: not packed, within one 128-row scale block
   static constexpr int kRows = kWaveRows * kWaves;
+  static constexpr bool kPaired = kGated && kWaves == 1;  // gate and up of a channel are in two warpgroups
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr bool kCanGather = kGated && kMaxTokens == 128;
   static constexpr bool kHasWide = kMaxTokens == 128 && !kPacked;  // packed weights are an operand in registers: the 64-row one
@@ -80,15 +83,22 @@ struct Config {
   // have half-wide ones, which take the wide ones' loop.
   static constexpr bool kHasHalfWide = kHasWide && kWaves == 2;
   static constexpr int kExtraTokens = kHasHalfWide && !kFloat8 ? sm90::kExtraTokens : 0;  // of tall tiles; with one wave they would cost a stage of six
+  // Tiles of 48 tokens. Packed weights are unpacked or multiplied, hardly both at a time (history, 34), so that less to multiply counts; with 16-bit
+  // tokens those kernels have no registers for one loop more.
+  static constexpr bool kHas48 = kPacked && kFloat8 && kMaxTokens == 64;
   static constexpr int kBlockBytes = packed_block_bytes(kPacking);  // packed: of 64 weight rows
   // K blocks, 128 bytes of a token, in a stage. With few tokens a block is less work than its barriers, and float8 sums of two blocks, which do
   // not wait for each other, take hardly longer than one; but with 128 rows five stages are too few.
-  static constexpr int kStageBlocks = kSplit && (!kFloat8 || (!kPacked && kWarpgroups == 1)) ? 2 : 1;
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;  // 2: the latency of unpacking weights is hidden, but each tile takes longer
+  static constexpr bool kTwoBlocks16Bit = kSplit || (is_4bit(kPacking) && (kWarpgroups == 4 || (kGated && kBlocksPerSm == 2)));
+  static constexpr int kStageBlocks = (kFloat8 ? kSplit && !kPacked && kWarpgroups == 1 : kTwoBlocks16Bit) ? 2 : 1;
   // Stages whose weights are asked for together, once all are free: neighbouring bytes of a row at a time are read faster from memory (history, 33).
   static constexpr int kStagesAtOnce = !kSplit && !kPacked && kMaxTokens <= 64 ? 2 : 1;
   static constexpr int kStageWeightBlocks = kStageBlocks * (kPacked && kFloat8 ? 2 : 1);  // packed: of 64 k each
-  static constexpr int kBlockWeightBytes = kPacked ? kRows / kPackedBlock * kBlockBytes : kRows * 128, kBlockTokenBytes = (kMaxTokens + kExtraTokens) * 128;
-  static constexpr int kWeightBytes = kStageWeightBlocks * kBlockWeightBytes;
+  static constexpr int kBlockWeightBytes = kRows * 128, kBlockTokenBytes = (kMaxTokens + kExtraTokens) * 128;
+  static constexpr int kRowBlockBytes = kStageWeightBlocks * kBlockBytes;  // packed: of 64 weight rows, in a stage
+  static constexpr int kCopyRows = !kPacked ? kWaveRows : kRows < 128 ? kRows : 128;  // weight rows that one instruction loads
+  static constexpr int kWeightBytes = kPacked ? kRows / kPackedBlock * kRowBlockBytes : kStageBlocks * kBlockWeightBytes;
   static constexpr int kTokenBytes = kStageBlocks * kBlockTokenBytes;
   static constexpr int kWaveScales = kFloat8 ? kMaxTokens : 0;  // floats a wave and stage
   static constexpr int kBlockScaleBytes = 4 * kWaves * kWaveScales, kScaleBytes = kStageBlocks * kBlockScaleBytes;
@@ -98,7 +108,6 @@ struct Config {
   static constexpr int kStoreTokens = kPacked && kMaxTokens == 128 ? 128 : 64, kStoreBytes = kWarpgroups * kStoreTokens * 128;
   static constexpr int kQuantBytes = kGated && kFloat8 ? 64 * (128 + 4 * 4 * kWarpgroups + 4) : 0;
   static constexpr int kStagingBytes = kStoreBytes > kQuantBytes ? kStoreBytes : kQuantBytes;
-  static constexpr int kBlocksPerSm = kBlocksPerSm_;  // 2: the latency of unpacking weights is hidden, but each tile takes longer
   static constexpr int kRowTokenBytes = kSplit ? 2 * kMaxSplitSlots : 0;
   static constexpr int kFixedBytes = kStagingBytes + 8 * (kMaxExperts + 1) + kRowTokenBytes + kTileSlots * (2 * 8 + int(sizeof(Tile)));
   static constexpr int kStagesBytes = (kBlocksPerSm == 2 ? kSmemLimit / 2 - 512 : kSmemLimit) - kFixedBytes;  // at most
@@ -116,26 +125,36 @@ struct Config {
   static constexpr int kTokenWarps = kSplit ? kSplitTokenWarps : kCanGather ? 3 : kFloat8 ? 3 - kSignalWarp : 1;
   static constexpr int kThreads = kConsumers + (kSplit ? 256 : 128);
   static constexpr int kReaders = kConsumers + kLanes * (kTokenWarps + kSignalWarp);  // threads that are told of a tile
-  // Registers a thread, moved from producers to consumers. The three warpgroups start with 168 each (80 with two thread blocks an SM) and
-  // share exactly that: asking for more waits for ever.
-  static constexpr bool kRebalanceRegisters = kWarpgroups == 2 && kThreads == 384;
-  static constexpr bool kBusyProducers = kFloat8 || kCanGather;  // 56 registers would be too few for them
-  static constexpr int kProducerRegisters = kBlocksPerSm == 2 ? 48 : kBusyProducers ? 72 : 56;
-  static constexpr int kConsumerRegisters = kBlocksPerSm == 2 ? 96 : kBusyProducers ? 216 : 224;
-  static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * (kBlocksPerSm == 2 ? 80 : 168));
+  // Registers a thread, moved from producers to consumers. All warpgroups start with kStartRegisters each and share exactly that: asking for more
+  // waits for ever.
+  static constexpr bool kRebalanceRegisters = kWarpgroups >= 2 && kThreads == kConsumers + 128;
+  static constexpr bool kBusyProducers = kFloat8 || kCanGather;  // 56 (of four warpgroups: 32) registers would be too few for them
+  static constexpr int kStartRegisters = kWarpgroups == 4 ? 96 : kBlocksPerSm == 2 ? 80 : 168;
+  static constexpr int kProducerRegisters = kWarpgroups == 4 ? (kBusyProducers ? 64 : 32) : kBlocksPerSm == 2 ? 48 : kBusyProducers ? 72 : 56;
+  static constexpr int kConsumerRegisters = kWarpgroups == 4 ? (kBusyProducers ? 104 : 112) : kBlocksPerSm == 2 ? 96 : kBusyProducers ? 216 : 224;
+  static_assert(!kRebalanceRegisters || kProducerRegisters + kWarpgroups * kConsumerRegisters <= (kWarpgroups + 1) * kStartRegisters);
   static_assert((kPacking == Packing::mxfp4_e4m3) == (kPacked && kFloat8) && !(kPacked && kFloat8 && kMaxTokens > 64));
   static_assert(kBlocksPerSm == 1 || kMaxTokens == 32);
   static_assert(kMaxTokens == 32 || kMaxTokens == 64 || (kMaxTokens == 128 && kWarpgroups == 2), "a wide tile gives 64 tokens to each of two warpgroups");
-  static_assert(!kGated || (kWaves == 2 && kWaveRows == 128), "a float8 scale group is 128 channels");
+  static_assert(!kPacked || kCopyRows / kPackedBlock * kRowBlockBytes % 128 == 0, "TMA stores from a multiple of 128 on");
+  static_assert(!kGated || kRows == 256, "a float8 scale group is 128 channels");
+  static_assert(!kPaired || (kPacked && kWarpgroups == 4 && kStoreBytes == 2 * 128 * kMaxTokens / 2 * 4), "up is handed over there");
   static_assert(!kSplit || kWaves == 1);
   static_assert(!kHasHalfWide || kStagingBytes >= kConsumers / 32 * 16 * 128, "half-wide tiles exchange 16 floats a lane");
   static_assert(kStages >= 3 && kStages * kTokenSteps >= kTokenWarps);
 };
 
+// A box has at most 256 elements a dimension: of 8 bytes, a packed block is so many pieces.
+template <Packing kPacking>
+constexpr int kPackedPieces = kPacking == Packing::mxfp8 ? 4 : 2;
+
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
 template <class C>
 __device__ __forceinline__ bool is_tall(const Tile& tile) { return C::kExtraTokens > 0 && tile.valid_tokens > C::kMaxTokens; }
+// A tile of 64 tokens, of which at most 48 exist, and are multiplied.
+template <class C>
+__device__ __forceinline__ bool has_48(const Tile& tile) { return C::kHas48 && tile.size == 6 && tile.valid_tokens <= 48; }
 template <class C>
 __device__ __forceinline__ int32_t tokens_of(const Tile& tile) { return (1 << tile.size) + (is_tall<C>(tile) ? C::kExtraTokens : 0); }
 
@@ -205,7 +224,7 @@ struct TileFinder {
   __device__ TileFinder(const KernelParams& p, const Smem<C>& smem) : p(p), smem(smem) { start_gemm(); }
 
   __device__ bool both_parts() const { return C::kGated && gemm == 0; }
-  __device__ int32_t row_step() const { return C::kSplit ? p.gemm[gemm].tile_rows : both_parts() ? C::kWaveRows : C::kRows; }
+  __device__ int32_t row_step() const { return C::kSplit ? p.gemm[gemm].tile_rows : both_parts() ? C::kRows / 2 : C::kRows; }
 
   __device__ void start_gemm() {
     const int32_t step = row_step(), k_stages = p.gemm[gemm].k_stages;
@@ -291,12 +310,17 @@ struct TileFinder {
   }
 };
 
-// The part and the row within it that wave w of a tile starts at.
+// The part and the row within it that a block of 64 weight rows of a tile starts at. Warpgroup g's of wave w is w * kWarpgroups + g.
+template <class C>
+__device__ __forceinline__ void block_origin(const KernelParams& p, const Tile& tile, int block, int32_t& part, int32_t& row) {
+  constexpr int kBlocksOfPart = C::kRows / 128;  // gated
+  const bool both_parts = C::kGated && tile.gemm == 0;
+  part = both_parts ? (block < kBlocksOfPart ? p.gate_part : 1 - p.gate_part) : tile.part;
+  row = tile.row + 64 * (both_parts ? block % kBlocksOfPart : block);
+}
 template <class C>
 __device__ __forceinline__ void wave_origin(const KernelParams& p, const Tile& tile, int w, int32_t& part, int32_t& row) {
-  const bool both_parts = C::kGated && tile.gemm == 0;
-  part = both_parts ? (w == 0 ? p.gate_part : 1 - p.gate_part) : tile.part;
-  row = both_parts ? tile.row : tile.row + w * C::kWaveRows;
+  block_origin<C>(p, tile, w * C::kWarpgroups, part, row);
 }
 
 // smem.offsets, and from it the token tiles before each expert. `counted`: offsets[e + 1] holds the rows of expert e, else they are read from

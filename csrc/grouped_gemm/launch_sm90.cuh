@@ -33,6 +33,21 @@ cudaError_t make_tensor_map(CUtensorMap* map, const void* data, int64_t k, int64
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// GemmParams::weights of packed ones, [groups, blocks, k_blocks, block bytes].
+template <class C>
+cudaError_t make_packed_map(CUtensorMap* map, const void* data, int64_t k_blocks, int64_t blocks, int64_t groups, int32_t box_rows) {
+  const EncodeTensorMap encode = encode_tensor_map();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  constexpr int kPieces = kPackedPieces<C::kPacking>, kPieceBytes = C::kBlockBytes / kPieces;
+  static_assert(kPieceBytes % 16 == 0 && kPieceBytes / 8 <= 256);
+  const cuuint64_t size[4] = {kPieceBytes / 8, cuuint64_t(k_blocks * kPieces), cuuint64_t(blocks), cuuint64_t(groups)};
+  const cuuint64_t stride[3] = {kPieceBytes, cuuint64_t(k_blocks * C::kBlockBytes), cuuint64_t(blocks * k_blocks * C::kBlockBytes)};
+  const cuuint32_t box[4] = {kPieceBytes / 8, C::kStageWeightBlocks * kPieces, cuuint32_t(box_rows / kPackedBlock), 1}, step[4] = {1, 1, 1, 1};
+  const CUresult status = encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT64, 4, const_cast<void*>(data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                 CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 // tile_rows: C::kRows, or (split) fewer. tokens_by_tma: else they need no tensor maps.
 template <class C>
 cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, int32_t tile_rows = C::kRows, bool tokens_by_tma = true) {
@@ -46,20 +61,20 @@ cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, int32_t tile_r
   g.out_stride = args.n;
   g.k_stages = (args.k * int(sizeof(Element)) + 128 * C::kStageBlocks - 1) / (128 * C::kStageBlocks);
   g.k_blocks = (args.k + 127) / 128;
-  g.packed_k_blocks = args.k / kPackedBlock;
   g.tile_rows = tile_rows;
   g.out_dtype = args.out_dtype;
   g.bias_dtype = args.bias_dtype;
   g.a_global_scale = args.a_global_scale;
   g.b_global_scale = args.b_global_scale;
-  g.packed_weights = static_cast<const uint8_t*>(args.b);
   for (int size = 0; tokens_by_tma && 8 << size <= C::kMaxTokens; ++size) {  // each costs the host time
     if (auto e = make_tensor_map<Element>(&g.tokens[size], args.a, args.k, args.num_rows, 0, 8 << size)) return e;
     if (8 << size >= args.num_rows) break;  // no tile has more
   }
-  if (C::kPacked) return cudaSuccess;
+  const int64_t groups = int64_t(args.num_experts) * g.parts;
+  const int32_t box_rows = std::min(tile_rows, C::kCopyRows);
+  if constexpr (C::kPacked) return make_packed_map<C>(&g.weights, args.b, args.k / kPackedBlock, g.part_rows / kPackedBlock, groups, box_rows);
   const auto fetch = fetches_few_bytes(args.num_rows, args.num_experts) ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
-  return make_tensor_map<Element>(&g.weights, args.b, args.k, g.part_rows, int64_t(args.num_experts) * g.parts, std::min(tile_rows, C::kWaveRows), fetch);
+  return make_tensor_map<Element>(&g.weights, args.b, args.k, g.part_rows, groups, box_rows, fetch);
 }
 
 // Once for each device, where the driver keeps it.
@@ -160,7 +175,7 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   } else {
     p.gemm[0].out_stride = p.gemm[0].part_rows;
   }
-  const int64_t tiles1 = token_tiles * (C::kGated ? tiles_of(p.gemm[0].part_rows, C::kWaveRows) : row_tiles<C>(p.gemm[0]));
+  const int64_t tiles1 = token_tiles * (C::kGated ? tiles_of(p.gemm[0].part_rows, C::kRows / 2) : row_tiles<C>(p.gemm[0]));
   const int64_t tiles2 = token_tiles * row_tiles<C>(p.gemm[1]);
   if (f.tactic.gemm2_alone) {
     p.num_gemms = 1;
@@ -170,9 +185,15 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   return launch_kernel<C>(p, tiles1 + tiles2, num_sms, stream);
 }
 
-// Of a tile. mxfp4_e4m3: two waves of sums, their partial sums and operands fill the registers (HISTORY.md has what else was tried).
+// Of a tile. mxfp4_e4m3: sums, partial sums and an operand of 64 fill the registers (HISTORY.md has what else was tried).
 template <Packing kPacking>
 constexpr int kMostTokens = kPacking == Packing::mxfp4_e4m3 ? 64 : 128;
+
+// Of 256 weight rows, one thread block an SM. Four warpgroups hide each other's latencies (history, 34).
+template <Packing kPacking, int kTokens>
+constexpr int kWarpgroupsOf256 = is_4bit(kPacking) && kTokens == 64 ? 4 : 2;
+template <class Element, int kTokens, Mode kMode, Packing kPacking>
+using Config256 = Config<Element, kTokens, kWarpgroupsOf256<kPacking, kTokens>, 4 / kWarpgroupsOf256<kPacking, kTokens>, kMode, kPacking>;
 
 // Calls f.operator()<Config>() with the configuration of two fused GEMMs; `tiles` are possible ones (is_possible).
 template <class Element, Packing kPacking, class F>
@@ -191,8 +212,8 @@ auto with_fused_config(Tiles tiles, F&& f) {
       if constexpr (kPacking != Packing::none && kPacking != Packing::mxfp4_e4m3)
         return f.template operator()<Config<Element, 32, 2, 2, Mode::gated, kPacking, 2>>();
       [[fallthrough]];
-    case Tiles::gated64: return f.template operator()<Config<Element, 64, 2, 2, Mode::gated, kPacking>>();
-    default: return f.template operator()<Config<Element, kMostTokens<kPacking>, 2, 2, Mode::gated, kPacking>>();  // gated128, gathered128
+    case Tiles::gated64: return f.template operator()<Config256<Element, 64, Mode::gated, kPacking>>();
+    default: return f.template operator()<Config256<Element, kMostTokens<kPacking>, Mode::gated, kPacking>>();  // gated128, gathered128
   }
 }
 
@@ -213,8 +234,8 @@ cudaError_t launch_element_impl(int32_t rows, const GroupedGemmArgs& args, int32
     case 128: return launch_plain<Config<Element, kMostTokens<kPacking>, 2, 1, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
     default:
       return few_tokens(args.num_rows, args.num_experts)
-                 ? launch_plain<Config<Element, 64, 2, 2, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream)
-                 : launch_plain<Config<Element, kMostTokens<kPacking>, 2, 2, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
+                 ? launch_plain<Config256<Element, 64, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream)
+                 : launch_plain<Config256<Element, kMostTokens<kPacking>, Mode::plain, kPacking>>(args, tile_counter, num_sms, stream);
   }
 }
 

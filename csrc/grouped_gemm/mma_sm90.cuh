@@ -7,6 +7,7 @@
 #include <cuda_fp8.h>
 
 #include <cute/arch/mma_sm90_desc.hpp>
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // for 48 tokens
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <type_traits>
 #include <utility>
@@ -45,6 +46,7 @@ template <class Element, int kN> struct RegisterInstruction;  // a in registers
 MOE_INSTRUCTIONS(8)
 MOE_INSTRUCTIONS(16)
 MOE_INSTRUCTIONS(32)
+MOE_INSTRUCTIONS(48)
 MOE_INSTRUCTIONS(64)
 MOE_INSTRUCTIONS(128)
 MOE_INSTRUCTIONS(256)

@@ -103,7 +103,6 @@ __device__ __forceinline__ void multiply_packed(const Smem<C>& smem, PipelineSta
   constexpr int kHalves = C::kWaves == 2 ? (C::kMaxTokens == 64 ? 2 : 1) : C::kStageBlocks;  // of K blocks, in a group
   constexpr int kHalvesOfPass = C::kWaves == 2 ? kHalves : 2 * kHalves, kPasses = 2 * C::kStageBlocks / kHalvesOfPass;  // over a stage
   uint32_t a[2][8 * kHalves];
-  PackedRegisters<C::kPacking> packed[2][kHalves];
   auto half_of = [](int pass, int g, int h) { return pass * kHalvesOfPass + (C::kWaves == 2 ? h : g * kHalves + h); };
   int previous = -1;  // a stage that wgmma may still read
   const uint32_t thread = read_thread() % 128;
@@ -113,17 +112,17 @@ __device__ __forceinline__ void multiply_packed(const Smem<C>& smem, PipelineSta
   for (int i = 0; i < k_stages * kPasses; ++i) {
     const int pass = i % kPasses;
     if (pass == 0) wait_full<C>(smem, pipe);
-    const uint32_t weights = smem.weights + pipe.stage * C::kWeightBytes + warpgroup * C::kBlockBytes;
+    const uint32_t weights = smem.weights + pipe.stage * C::kWeightBytes + warpgroup * C::kRowBlockBytes;
     const uint32_t tokens = descriptor_low(smem.tokens) + pipe.stage * (C::kTokenBytes >> 4);
+    unrolled<2>([&](auto g) {
+      PackedRegisters<C::kPacking> packed[kHalves];
 #pragma unroll
-    for (int g = 0; g < 2; ++g)
       for (int h = 0; h < kHalves; ++h) {
         const int half = half_of(pass, g, h);
-        packed[g][h].load(weights + half / 2 * C::kBlockWeightBytes + (C::kWaves == 2 ? g * C::kWarpgroups * C::kBlockBytes : 0), half % 2, thread);
+        packed[h].load(weights + half / 2 * C::kBlockBytes + (C::kWaves == 2 ? g * C::kWarpgroups * C::kRowBlockBytes : 0), half % 2, thread);
       }
-    unrolled<2>([&](auto g) {
 #pragma unroll
-      for (int h = 0; h < kHalves; ++h) packed[g][h].unpack(a[g] + 8 * h);
+      for (int h = 0; h < kHalves; ++h) packed[h].unpack(a[g] + 8 * h);
 #pragma unroll
       for (uint32_t& x : a[g]) cute::warpgroup_fence_operand(x);
       cute::warpgroup_arrive();
@@ -172,7 +171,7 @@ struct FewTokens {
   const uint32_t thread = read_thread() % 128;
   uint32_t weights, tokens[2];  // addresses in stage 0; of tokens: this lane's, of the two halves of a K block
 
-  __device__ FewTokens(const Smem<C>& smem, int warpgroup) : smem(smem), weights(smem.weights + warpgroup * C::kBlockBytes) {
+  __device__ FewTokens(const Smem<C>& smem, int warpgroup) : smem(smem), weights(smem.weights + warpgroup * C::kRowBlockBytes) {
     const uint32_t lane = thread % 32, row = lane % 8, chunk = lane / 8;
     for (int half = 0; half < 2; ++half) tokens[half] = smem.tokens + row * kRowBytes + ((chunk + 4 * half) ^ row) * 16;  // 128-byte swizzle
   }
@@ -180,10 +179,10 @@ struct FewTokens {
   __device__ __forceinline__ void load(Stage& s, const PipelineState<C::kStages>& pipe) const {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      const uint32_t block = weights + pipe.stage * C::kWeightBytes + half / 2 * C::kBlockWeightBytes;
+      const uint32_t block = weights + pipe.stage * C::kWeightBytes + half / 2 * C::kBlockBytes;
       const uint32_t rows = tokens[half % 2] + pipe.stage * C::kTokenBytes + half / 2 * C::kBlockTokenBytes;
 #pragma unroll
-      for (int w = 0; w < C::kWaves; ++w) s.packed[w][half].load(block + w * C::kWarpgroups * C::kBlockBytes, half % 2, thread);
+      for (int w = 0; w < C::kWaves; ++w) s.packed[w][half].load(block + w * C::kWarpgroups * C::kRowBlockBytes, half % 2, thread);
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) load_matrices(s.tokens[j][half], rows + j * 8 * kRowBytes);
     }

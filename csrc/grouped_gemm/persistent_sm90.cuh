@@ -16,7 +16,7 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
   const int warpgroup = uniform(threadIdx.x / 128);
   while (true) {
     const Tile& tile = wait_tile(smem, slot);
-    const uint32_t state = uniform(tile.size | is_tall<C>(tile) << 7 | tile.gemm << 8 | pipe.phase << 9 | pipe.stage << 10);
+    const uint32_t state = uniform(tile.size | (is_tall<C>(tile) || has_48<C>(tile)) << 7 | tile.gemm << 8 | pipe.phase << 9 | pipe.stage << 10);
     const int size = state & 0x7f;
     if (size == 0) return;
     const GemmParams& g = p.gemm[C::kFused ? state >> 8 & 1 : 0];
@@ -50,7 +50,12 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
       case 5: narrow.template operator()<32>(); break;
       case 6:
         if constexpr (C::kHasHalfWide) wide.template operator()<TileShape::half_wide>();
-        else if constexpr (C::kMaxTokens >= 64) narrow.template operator()<64>();
+        if constexpr (C::kHas48)
+          if (state >> 7 & 1) {
+            narrow.template operator()<48>();
+            break;
+          }
+        if constexpr (!C::kHasHalfWide && C::kMaxTokens >= 64) narrow.template operator()<64>();
         break;
       default:
         if constexpr (C::kExtraTokens > 0)

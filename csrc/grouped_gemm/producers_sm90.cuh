@@ -12,42 +12,9 @@ __device__ __forceinline__ void tma_load(uint32_t smem, const CUtensorMap* map, 
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(smem), "l"(map),
                "r"(cute::cast_smem_ptr_to_uint(&barrier)), "r"(c0), "r"(c1), "r"(c2) : "memory");
 }
-
-template <class C>
-constexpr int kBlocks = C::kRows / kPackedBlock;  // of a K block
-
-__device__ __forceinline__ void bulk_load(uint32_t smem, const void* source, uint32_t bytes, Barrier& barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem), "l"(source), "r"(bytes),
-               "r"(cute::cast_smem_ptr_to_uint(&barrier)) : "memory");
-}
-
-// Warp 0: a tile's packed weights, a block for each wave and warpgroup, and a lane for each of those; blocks past the last row are left
-// out. Past the last k the last block is loaded once more: the tokens are 0 there. Calls before_stage(0), before_stage(1), ..
-template <class C, class F>
-__device__ __forceinline__ void load_packed(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe, F&& before_stage) {
-  const GemmParams& g = p.gemm[tile.gemm];
-  const int lane = threadIdx.x & 31, blocks = g.part_rows / kPackedBlock;  // of a part
-  const bool used = lane < kBlocks<C> * C::kStageWeightBlocks;
-  const int in_block = lane % kBlocks<C>;
-  int32_t part = 0, row = 0, kb = lane / kBlocks<C>;
-  if (used) wave_origin<C>(p, tile, in_block / C::kWarpgroups, part, row);
-  const int32_t block = row / kPackedBlock + in_block % C::kWarpgroups;
-  const bool exists = used && block < blocks && (!C::kSplit || in_block * kPackedBlock < g.tile_rows);
-  const uint32_t bytes = __popc(__ballot_sync(~0u, exists)) * C::kBlockBytes;
-  const int64_t first = (int64_t(tile.expert * g.parts + part) * blocks + block) * g.packed_k_blocks + kb;
-  const uint8_t* source = g.packed_weights + first * C::kBlockBytes;
-  const uint32_t target = smem.weights + lane * C::kBlockBytes;
-  for (int stage = 0; stage < g.k_stages; ++stage, pipe.advance(), source += C::kStageWeightBlocks * C::kBlockBytes) {
-    before_stage(stage);
-    if constexpr (C::kStageWeightBlocks == 2) {
-      if (kb == g.packed_k_blocks) source -= C::kBlockBytes;
-      kb += 2;
-    }
-    smem.empty[pipe.stage].wait(pipe.phase ^ 1);
-    Barrier& full = smem.full[pipe.stage];
-    if (lane == 0) full.arrive_and_expect_tx(bytes);
-    if (exists) bulk_load(target + pipe.stage * C::kWeightBytes, source, C::kBlockBytes, full);
-  }
+__device__ __forceinline__ void tma_load(uint32_t smem, const CUtensorMap* map, Barrier& barrier, int32_t c0, int32_t c1, int32_t c2, int32_t c3) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem), "l"(map),
+               "r"(cute::cast_smem_ptr_to_uint(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
 
 // The scales of the weights of wave w of a tile, one a K block.
@@ -64,22 +31,25 @@ __device__ __forceinline__ const float* weight_scales(const KernelParams& p, con
 template <class C>
 constexpr int kBlockK = 128 / int(sizeof(typename C::Element));
 
-// Warp 0: a tile's weights that are not packed; float8: first their scales, to L2, long before the token warps read them. All lanes go through
-// the loop, with what the compiler knows to be uniform: else it moves the operands of each copy to uniform registers in a loop of its own.
+// Warp 0: a tile's weights; float8: first their scales, to L2, long before the token warps read them. All lanes go through the loop, with what the
+// compiler knows to be uniform: else it moves the operands of each copy to uniform registers in a loop of its own. Copies are few and large: with one
+// for each 64 rows of packed weights this warp was what the others waited for (history, 34). Calls before_stage(0), before_stage(1), ..
 template <class C, class F>
-__device__ __forceinline__ void load_plain(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe, F&& before_stage) {
+__device__ __forceinline__ void load_tile(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe, F&& before_stage) {
   auto uniform = [](int x) { return __shfl_sync(~0u, x, 0); };
   const GemmParams& g = p.gemm[uniform(tile.gemm)];
-  const int bytes = C::kSplit ? C::kStageBlocks * kRowBytes * g.tile_rows : C::kWeightBytes, lane = threadIdx.x % kLanes;
-  int row[C::kWaves], group[C::kWaves];
-  for (int w = 0; w < C::kWaves; ++w) {
+  constexpr int kCopies = C::kRows / C::kCopyRows;
+  const int rows = C::kSplit ? g.tile_rows : C::kRows, lane = threadIdx.x % kLanes;
+  const int bytes = C::kPacked ? rows / kPackedBlock * C::kRowBlockBytes : C::kStageBlocks * kRowBytes * rows;
+  int row[kCopies], group[kCopies];
+  for (int i = 0; i < kCopies; ++i) {
     int32_t part;
-    wave_origin<C>(p, tile, w, part, row[w]);
-    row[w] = uniform(row[w]);
-    group[w] = uniform(tile.expert * g.parts + part);
-    if constexpr (C::kFloat8)
+    block_origin<C>(p, tile, i * (C::kCopyRows / 64), part, row[i]);
+    row[i] = uniform(row[i]);
+    group[i] = uniform(tile.expert * g.parts + part);
+    if constexpr (C::kFloat8 && !C::kPacked)
       for (int kb = lane; kb < g.k_blocks; kb += kLanes)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(weight_scales<C>(p, tile, w) + kb * g.b_scale.stride_k));
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(weight_scales<C>(p, tile, i) + kb * g.b_scale.stride_k));
   }
   pipe = {uniform(pipe.stage), uint32_t(uniform(pipe.phase))};
 #pragma unroll 1
@@ -94,10 +64,18 @@ __device__ __forceinline__ void load_plain(const KernelParams& p, const Smem<C>&
     if (lane > 0) continue;
     Barrier& full = smem.full[pipe.stage];
     full.arrive_and_expect_tx(bytes);
-    for (int w = 0; w < C::kWaves; ++w)
-      for (int h = 0; h < C::kStageBlocks; ++h)
-        tma_load(smem.weights + pipe.stage * C::kWeightBytes + h * C::kBlockWeightBytes + w * C::kWaveRows * 128, &g.weights, full,
-                 (kb * C::kStageBlocks + h) * kBlockK<C>, row[w], group[w]);
+    const uint32_t weights = smem.weights + pipe.stage * C::kWeightBytes;
+    for (int i = 0; i < kCopies; ++i) {
+      if (i * C::kCopyRows >= rows) break;
+      if constexpr (C::kPacked) {
+        tma_load(weights + i * (C::kCopyRows / kPackedBlock) * C::kRowBlockBytes, &g.weights, full, 0, kb * C::kStageWeightBlocks * kPackedPieces<C::kPacking>,
+                 row[i] / kPackedBlock, group[i]);
+      } else {
+        for (int h = 0; h < C::kStageBlocks; ++h)
+          tma_load(weights + h * C::kBlockWeightBytes + i * C::kCopyRows * kRowBytes, &g.weights, full, (kb * C::kStageBlocks + h) * kBlockK<C>, row[i],
+                   group[i]);
+      }
+    }
   }
 }
 
@@ -207,8 +185,7 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
       if (stage == draw_at && leader) draw();
       if (stage == late_signal.stage) late_signal.signal();
     };
-    if constexpr (C::kPacked) load_packed<C>(p, smem, tile, pipe, before_stage);
-    else load_plain<C>(p, smem, tile, pipe, before_stage);
+    load_tile<C>(p, smem, tile, pipe, before_stage);
     draw_at -= p.gemm[tile.gemm].k_stages;
     late_signal.end_tile(tile, slot);
     if (first_draw && leader) {

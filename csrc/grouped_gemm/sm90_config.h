@@ -58,16 +58,16 @@ namespace sm90 {
 enum class Mode { plain, gated, split };
 
 struct GemmParams {
-  CUtensorMap weights;             // (k, part_rows, num_experts * parts), box 128 bytes x rows of a wave that are loaded
+  // (k, part_rows, num_experts * parts), box 128 bytes x rows of a wave that are loaded. Packed: (8 bytes of a piece of a block, pieces along k,
+  // blocks of 64 rows, num_experts * parts), box: the blocks of a stage and of up to 128 rows.
+  CUtensorMap weights;
   CUtensorMap tokens[5];           // (k, num_rows), box 128 bytes x 8, 16, 32, 64, 128 tokens
   void* out;
   const void* bias;
-  const uint8_t* packed_weights;   // instead of `weights`
   ScaleView a_scale, b_scale, a_global_scale, b_global_scale;
   int32_t parts, part_rows, out_stride;
   int32_t k_stages;                // what K fills, of Config::kStageBlocks K blocks each
   int32_t k_blocks;                // float8: 1 x 128 scales of a token
-  int32_t packed_k_blocks;         // packed: blocks of 64 k
   int32_t tile_rows;               // of a tile: Config::kRows, or (split) fewer; float8: within one block of 128
   DType out_dtype, bias_dtype;
 };

@@ -99,8 +99,8 @@ struct SplitTokens {
   using Pipe = PipelineState<C::kStages * C::kTokenSteps>;  // of steps
   const KernelParams& p;
   const Smem<C>& smem;
-  const int lane = threadIdx.x & 31;
-  Tile tile;
+  const Tile tile;
+  const int lane = read_thread() % kLanes;
 
   template <class Channels>
   __device__ __forceinline__ void load(Channels (&rows)[kRowsAtOnce], int base, int channel, int channels) const {
@@ -194,9 +194,8 @@ __device__ void make_tokens(const KernelParams& p, const Smem<C>& smem, int firs
   typename SplitTokens<C>::Pipe pipe;
   pipe.advance(first);
   TileSlot slot;
-  SplitTokens<C> loader{p, smem};
   while (true) {
-    loader.tile = wait_tile(smem, slot);
+    const SplitTokens<C> loader{p, smem, wait_tile(smem, slot)};
     release_tile(smem, slot);  // copied
     if (loader.tile.size == 0) return;
     if (loader.tile.gemm == 0) loader.template fill<HiddenChannels<C>>(first, pipe);
