@@ -140,9 +140,9 @@ class Constants:
         *(1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9),
     )
     gated32_rows: float = threshold("packed: gated32 up to this many rows an expert,", 2, 4, 8, 12, 16, 20, 24)
-    gated32_cost: float = threshold(
-        "and if a round of two thread blocks an SM, at this cost of one, saves rounds",
-        *(1, 1.2, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9),
+    gated32_rounds: float = threshold(
+        "and if the GEMM with fewer tiles of 256 rows has at least this many an SM",
+        *(1, 1.5, 1.75, 2, 2.25, 2.5, 3, 4, 6, 8, math.inf),
     )
     gated64_rows: float = threshold("gated64 up to this many rows an expert", 12, 16, 24, 32, 40, 48, 56, 64, 80, 96)
     gathered_row_tiles: float = threshold(
@@ -158,9 +158,6 @@ def choose_tiles(facts: Facts, constants: Constants) -> str:
 
     def tiles(weight_rows: int, tile_rows: int) -> float:
         return hit * math.ceil(weight_rows / tile_rows)
-
-    def rounds(thread_blocks: int) -> float:
-        return math.ceil(tiles(gemm1, 256) / thread_blocks)
 
     def rows_an_expert_up_to(rows: float) -> bool:
         return facts.expected_rows <= rows * facts.num_experts
@@ -184,7 +181,7 @@ def choose_tiles(facts: Facts, constants: Constants) -> str:
     if (
         facts.elements == "packed"
         and rows_an_expert_up_to(constants.gated32_rows)
-        and constants.gated32_cost * rounds(2 * facts.num_sms) < rounds(facts.num_sms)
+        and fewest >= constants.gated32_rounds * facts.num_sms
     ):
         return "gated32"
     if rows_an_expert_up_to(constants.gated64_rows) or most_tokens(facts) == 64:
@@ -208,6 +205,7 @@ def choose_tactic(facts: Facts, constants: Constants) -> str:
     tiles = choose_tiles(facts, constants)
     alone = (
         not tiles.startswith("split")
+        and not (is_packed(facts) and tiles == "gated64")
         and gemm2_tiles(facts, tiles) < constants.alone_rounds * facts.num_sms
         and facts.intermediate_size >= constants.alone_k_blocks * 128
         and facts.expected_rows >= constants.alone_rows * facts.num_experts

@@ -119,12 +119,12 @@ def test_choices() -> None:
         "\n".join(lines),
         """\
 dsv3_tp8     1  split32           split32           split64           split64
-dsv3_tp8     8  split64           split128          split256          gated64
+dsv3_tp8     8  split64           split128          gated64           gated64
 dsv3_tp8   128  gated64           gated64           gated32           gated64
 dsv3_tp8   512  gathered128       gated64           gated64           gated64
 dsv3_tp8  8192  gathered128       gathered128       gathered128       gated64
 dsv3_ep8     1  split32           split32           split64           split64
-dsv3_ep8     8  split64           split128          split256          gated64
+dsv3_ep8     8  split64           split128          gated64           gated64
 dsv3_ep8   128  gated64           gated64           gated32           gated64
 dsv3_ep8   512  gated128          gated64           gated64           gated64
 dsv3_ep8  8192  gated128          gated128          gated128          gated64
@@ -134,8 +134,8 @@ qwen30b    128  gated64           gated64           gated32           gated64
 qwen30b    512  gathered128       gated64           gated64           gated64
 qwen30b   8192  gathered128       gated128          gated128          gated64
 mixtral      1  split64           split128          split256          split128
-mixtral      8  gated64           gated64           split256          gated64
-mixtral    128  gated128          gated64           gated64+gemm2     gated64
+mixtral      8  gated64           gated64           gated64           gated64
+mixtral    128  gated128          gated64           gated64           gated64
 mixtral    512  gated128+gemm2    gated128          gated128+gemm2    gated64
 mixtral   8192  gated128          gated128          gated128          gated64
 gptoss       1  split64           split128          split256          split128
@@ -182,7 +182,7 @@ def made_up(elements: str, truth: tune.Constants, noise: float = 0.0) -> list[tu
         ("float8", {"split32_rounds": 0.5}),
         ("float8", {"gated64_rows": 24}),
         ("float8", {"gathered_row_tiles": 16}),
-        ("packed", {"gated32_cost": 1.7}),
+        ("packed", {"gated32_rounds": 6}),
         ("packed", {"split256_cost": 1.8}),
         ("packed", {"split64_rounds": 2, "alone_rounds": 0}),
     ],

@@ -98,16 +98,15 @@ inline Tiles choose_tiles(const LayerFacts& f) {
   const auto rows_an_expert_up_to = [&](double most) { return rows <= most * f.num_experts; };
   const int64_t gemm1_rows = 2 * f.intermediate_size, gemm2_rows = f.hidden_size;
   // Split where tiles of 256 weight rows are too few to keep the memory busy and an expert has few tokens.
-  if (f.may_split() && rows_an_expert_up_to(c.split_rows) && std::min(tiles(gemm1_rows, 256), tiles(gemm2_rows, 256)) < c.split_rounds * f.num_sms) {
+  const double fewest = std::min(tiles(gemm1_rows, 256), tiles(gemm2_rows, 256));
+  if (f.may_split() && rows_an_expert_up_to(c.split_rows) && fewest < c.split_rounds * f.num_sms) {
     if (!is_packed(f.elements) && tiles(gemm1_rows, 128) < c.split32_rounds * f.num_sms) return Tiles::split32;
     if (tiles(gemm1_rows, 128) < c.split64_rounds * f.num_sms) return Tiles::split64;
     const auto rounds = [&](int64_t tile_rows) { return std::ceil(2 * tiles(f.intermediate_size, tile_rows) / f.num_sms); };  // of GEMM1
     return f.elements == Elements::packed && c.split256_cost * rounds(256) < rounds(128) ? Tiles::split256 : Tiles::split128;
   }
-  // Two thread blocks an SM hide the latency of unpacking, but each takes longer, so that a last round of few tiles costs more.
-  const auto rounds = [&](int32_t thread_blocks) { return std::ceil(tiles(gemm1_rows, 256) / thread_blocks); };
-  if (f.elements == Elements::packed && rows_an_expert_up_to(c.gated32_rows) && c.gated32_cost * rounds(2 * f.num_sms) < rounds(f.num_sms))
-    return Tiles::gated32;
+  // Two thread blocks an SM hide the latency of unpacking, but each takes longer, so that the last tiles cost more.
+  if (f.elements == Elements::packed && rows_an_expert_up_to(c.gated32_rows) && fewest >= c.gated32_rounds * f.num_sms) return Tiles::gated32;
   if (rows_an_expert_up_to(c.gated64_rows) || f.most_tokens() == 64) return Tiles::gated64;
   // Gathering saves writing and reading permuted tokens; but every row tile copies its tokens anew by instructions, where TMA takes permuted
   // ones, and the consumers wait for a fence (of which 16 bits notice less).
@@ -115,8 +114,9 @@ inline Tiles choose_tiles(const LayerFacts& f) {
 }
 
 // Where GEMM2's tiles are few and long: smaller ones, in a launch of their own, end together. With few rows (16 bits) memory decides, and one launch
-// reads on while GEMM1 ends.
+// reads on while GEMM1 ends. Packed weights in gated64, by four warpgroups: a launch of its own was hardly ever faster, and up to 17 % slower.
 inline bool gemm2_alone(const LayerFacts& f, Tiles tiles) {
+  if (is_packed(f.elements) && tiles == Tiles::gated64) return false;
   const TacticConstants& c = constants_of(f.elements);
   const double rows = f.expected_rows(), hit = expected_hit(rows, f.num_experts);
   const double token_tiles = hit > 0 ? hit * std::ceil(rows / hit / tokens_of(tiles)) : 0;
