@@ -73,7 +73,8 @@ struct Config {
   static constexpr Mode kMode = kMode_;
   static constexpr bool kFused = kMode != Mode::plain, kGated = kMode == Mode::gated, kSplit = kMode == Mode::split;
   static constexpr int kMaxTokens = kMaxTokens_, kWarpgroups = kWarpgroups_, kWaves = kWaves_;
-  static constexpr int kWaveRows = 64 * kWarpgroups;     // weight rows of one wave: not packed, within one 128-row scale block
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;      // 2: the latency of unpacking weights is hidden, but each tile takes longer
+  static constexpr int kWaveRows = 64 * kWarpgroups;      // weight rows of one wave: not packed, within one 128-row scale block
   static constexpr int kRows = kWaveRows * kWaves;
   static constexpr bool kPaired = kGated && kWaves == 1;  // gate and up of a channel are in two warpgroups
   static constexpr int kConsumers = 128 * kWarpgroups;
@@ -88,10 +89,10 @@ struct Config {
   static constexpr bool kHas48 = kPacked && kFloat8 && kMaxTokens == 64;
   static constexpr int kBlockBytes = packed_block_bytes(kPacking);  // packed: of 64 weight rows
   // K blocks, 128 bytes of a token, in a stage. With few tokens a block is less work than its barriers, and float8 sums of two blocks, which do
-  // not wait for each other, take hardly longer than one; but with 128 rows five stages are too few.
-  static constexpr int kBlocksPerSm = kBlocksPerSm_;  // 2: the latency of unpacking weights is hidden, but each tile takes longer
-  static constexpr bool kTwoBlocks16Bit = kSplit || (is_4bit(kPacking) && (kWarpgroups == 4 || (kGated && kBlocksPerSm == 2)));
-  static constexpr int kStageBlocks = (kFloat8 ? kSplit && !kPacked && kWarpgroups == 1 : kTwoBlocks16Bit) ? 2 : 1;
+  // not wait for each other, take hardly longer than one; but with 128 rows five stages are too few. 4-bit weights with 16-bit tokens: where instructions
+  // decide, those of a loop count half (history, 34).
+  static constexpr bool kTwoBlocksOf16Bit = kSplit || (is_4bit(kPacking) && (kWarpgroups == 4 || (kGated && kBlocksPerSm == 2)));
+  static constexpr int kStageBlocks = (kFloat8 ? kSplit && !kPacked && kWarpgroups == 1 : kTwoBlocksOf16Bit) ? 2 : 1;
   // Stages whose weights are asked for together, once all are free: neighbouring bytes of a row at a time are read faster from memory (history, 33).
   static constexpr int kStagesAtOnce = !kSplit && !kPacked && kMaxTokens <= 64 ? 2 : 1;
   static constexpr int kStageWeightBlocks = kStageBlocks * (kPacked && kFloat8 ? 2 : 1);  // packed: of 64 k each
@@ -106,7 +107,7 @@ struct Config {
   // Epilogue: up to 64 tokens (packed: 128) x 64 columns of 16 bits for each warpgroup. Gated float8, narrow: act [64, 128] bytes, amax
   // [8 warps, 64], 1/scale [64]; wide: act [16, 128] bytes for each warp.
   static constexpr int kStoreTokens = kPacked && kMaxTokens == 128 ? 128 : 64, kStoreBytes = kWarpgroups * kStoreTokens * 128;
-  static constexpr int kQuantBytes = kGated && kFloat8 ? 64 * (128 + 4 * 4 * kWarpgroups + 4) : 0;
+  static constexpr int kQuantBytes = kGated && kFloat8 ? 64 * (128 + 4 * 8 + 4) : 0;
   static constexpr int kStagingBytes = kStoreBytes > kQuantBytes ? kStoreBytes : kQuantBytes;
   static constexpr int kRowTokenBytes = kSplit ? 2 * kMaxSplitSlots : 0;
   static constexpr int kFixedBytes = kStagingBytes + 8 * (kMaxExperts + 1) + kRowTokenBytes + kTileSlots * (2 * 8 + int(sizeof(Tile)));

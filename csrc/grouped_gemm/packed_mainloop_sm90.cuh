@@ -103,6 +103,7 @@ __device__ __forceinline__ void multiply_packed(const Smem<C>& smem, PipelineSta
   constexpr int kHalves = C::kWaves == 2 ? (C::kMaxTokens == 64 ? 2 : 1) : C::kStageBlocks;  // of K blocks, in a group
   constexpr int kHalvesOfPass = C::kWaves == 2 ? kHalves : 2 * kHalves, kPasses = 2 * C::kStageBlocks / kHalvesOfPass;  // over a stage
   uint32_t a[2][8 * kHalves];
+  PackedRegisters<C::kPacking> packed[2][kHalves];
   auto half_of = [](int pass, int g, int h) { return pass * kHalvesOfPass + (C::kWaves == 2 ? h : g * kHalves + h); };
   int previous = -1;  // a stage that wgmma may still read
   const uint32_t thread = read_thread() % 128;
@@ -114,15 +115,15 @@ __device__ __forceinline__ void multiply_packed(const Smem<C>& smem, PipelineSta
     if (pass == 0) wait_full<C>(smem, pipe);
     const uint32_t weights = smem.weights + pipe.stage * C::kWeightBytes + warpgroup * C::kRowBlockBytes;
     const uint32_t tokens = descriptor_low(smem.tokens) + pipe.stage * (C::kTokenBytes >> 4);
-    unrolled<2>([&](auto g) {
-      PackedRegisters<C::kPacking> packed[kHalves];
 #pragma unroll
+    for (int g = 0; g < 2; ++g)
       for (int h = 0; h < kHalves; ++h) {
         const int half = half_of(pass, g, h);
-        packed[h].load(weights + half / 2 * C::kBlockBytes + (C::kWaves == 2 ? g * C::kWarpgroups * C::kRowBlockBytes : 0), half % 2, thread);
+        packed[g][h].load(weights + half / 2 * C::kBlockBytes + (C::kWaves == 2 ? g * C::kWarpgroups * C::kRowBlockBytes : 0), half % 2, thread);
       }
+    unrolled<2>([&](auto g) {
 #pragma unroll
-      for (int h = 0; h < kHalves; ++h) packed[h].unpack(a[g] + 8 * h);
+      for (int h = 0; h < kHalves; ++h) packed[g][h].unpack(a[g] + 8 * h);
 #pragma unroll
       for (uint32_t& x : a[g]) cute::warpgroup_fence_operand(x);
       cute::warpgroup_arrive();
