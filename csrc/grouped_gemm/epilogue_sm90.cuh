@@ -236,7 +236,7 @@ struct NarrowEpilogue {
   }
 
   // Paired: warpgroups 2 and 3 hand over their values, up, to 0 and 1, whose threads have the same tokens and channels, through the staging of
-  // both, and go on to the next tile. Where value i is:
+  // both, and go on to the next tile when act is computed. Where value i is:
   __device__ __forceinline__ uint32_t handed_over(int i) const {
     return smem.staging + (warpgroup % 2 + 2 * (i / 16)) * C::kStoreTokens * 128 + (i % 16 * 128 + thread) * 4;
   }

@@ -11,7 +11,7 @@
 //   strides)
 //   gated, the next producer warp, or where there is none warp 0: tells GEMM2 of act that is complete
 //   1, 2 or 4 consumer warpgroups: wgmma, promotion (float8), epilogue. Two with two waves each or, where instructions decide (4-bit weights, up to
-//   64 tokens), four with one: then two have gate and two up (paired), which those hand over at the end and go on
+//   64 tokens), four with one: then two have gate and two up (paired), which these hand over at the end
 //
 // Narrow tiles (8 to 32 tokens, in some kernels 64; packed: up to 128): weight rows are wgmma's 64-row operand and tokens its N operand
 // ("swap A/B"), so that decode multiplies hardly more tokens than there are. Wide tiles (128 tokens): tokens are the 64-row operand, one half
