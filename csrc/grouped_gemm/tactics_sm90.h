@@ -114,8 +114,8 @@ inline Tiles choose_tiles(const LayerFacts& f) {
 }
 
 // Where GEMM2's tiles are few and long: smaller ones, in a launch of their own, end together. With few rows (16 bits) memory decides, and one launch
-// reads on while GEMM1 ends. Packed weights in gated64, by four warpgroups: a launch of its own is mostly slower, up to 16 %; in two points of 8 experts it
-// was 7 and 11 % faster.
+// reads on while GEMM1 ends. Packed weights in gated64, by four warpgroups: a launch of its own is mostly slower, up to 16 %; with 6
+// to 12 experts up to 11 % faster at some points.
 inline bool gemm2_alone(const LayerFacts& f, Tiles tiles) {
   if (is_packed(f.elements) && tiles == Tiles::gated64) return false;
   const TacticConstants& c = constants_of(f.elements);
