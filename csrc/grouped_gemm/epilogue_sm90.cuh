@@ -45,6 +45,32 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t m0, ui
 // Staging is [tokens][8 chunks of 16 bytes], chunk c of token t at c ^ (t % 8): no bank conflicts on either side.
 __device__ __forceinline__ uint32_t staged(int token, int chunk) { return token * 128 + (chunk ^ (token % 8)) * 16; }
 
+// Packed: of a warpgroup's rows of each wave of a tile, and of its tokens.
+template <class C>
+struct GlobalScales {
+  float weights[C::kWaves], acts;
+
+  __device__ __forceinline__ void load(const KernelParams& p, const Tile& tile, int warpgroup) {
+    const ScaleView& s = p.gemm[tile.gemm].b_global_scale;
+#pragma unroll
+    for (int w = 0; w < C::kWaves; ++w) {
+      int32_t part, row;
+      block_origin<C>(p, tile, w * C::kWarpgroups + warpgroup, part, row);
+      weights[w] = s.data != nullptr ? __ldg(s.data + tile.expert * s.stride_group + part * s.stride_row) : 1.f;
+    }
+    acts = p.act_global_scale(tile.gemm, tile.expert);
+  }
+  // They are not needed before: else the compiler multiplies them, and so waits for them, where they are loaded.
+  __device__ __forceinline__ void wait() {
+#pragma unroll
+    for (float& scale : weights) asm volatile("" : "+f"(scale));
+    asm volatile("" : "+f"(acts));
+  }
+};
+// With few tokens there are registers for them, and waiting at the end of each tile is a tenth of it (history, 35).
+template <class C, int kTokens>
+constexpr bool kLoadsScalesEarly = C::kPacked && !C::kFloat8 && is_few<C, kTokens>;
+
 template <class C, int kTokens>
 struct NarrowEpilogue {
   static constexpr int kWave = kTokens / 2;
@@ -53,6 +79,7 @@ struct NarrowEpilogue {
   const Tile tile;
   const GemmParams& g;
   float (&total)[C::kWaves * kWave];
+  GlobalScales<C> scales;
   static __device__ int this_thread() { return C::kPacked ? read_thread() : threadIdx.x; }
   const int warpgroup = this_thread() / 128, thread = this_thread() % 128, warp = thread / 32, lane = thread % 32;
   // Row of the wave that this thread's first accumulator belongs to; its second is eight below. Of act, its channel.
@@ -207,18 +234,18 @@ struct NarrowEpilogue {
   }
 
   // Packed weights are multiplied without their global scale, and smaller by a power of two; tokens without theirs.
-  __device__ void apply_global_scale(int wave) {
-    int32_t part, row;
-    origin(wave, part, row);
-    const ScaleView& s = g.b_global_scale;
-    const float scale = kUnpackedScale<C::kPacking> * (s.data != nullptr ? __ldg(s.data + tile.expert * s.stride_group + part * s.stride_row) : 1.f) *
-                        p.act_global_scale(tile.gemm, tile.expert);
+  __device__ __forceinline__ void apply_global_scales() {
+    if constexpr (kLoadsScalesEarly<C, kTokens>) scales.wait();
+    else scales.load(p, tile, warpgroup);
+    unrolled<C::kWaves>([&](auto w) {
+      const float scale = kUnpackedScale<C::kPacking> * scales.weights[w] * scales.acts;
 #pragma unroll
-    for (int i = 0; i < kWave; ++i) total[wave * kWave + i] *= scale;
+      for (int i = 0; i < kWave; ++i) total[w * kWave + i] *= scale;
+    });
   }
 
   __device__ __forceinline__ void run() {
-    if constexpr (C::kPacked) unrolled<C::kWaves>([&](auto w) { apply_global_scale(w); });
+    if constexpr (C::kPacked) apply_global_scales();
     if (g.bias != nullptr) unrolled<C::kWaves>([&](auto w) { add_bias(w); });
     if constexpr (C::kGated) {
       if (tile.gemm == 0) return store_activated();

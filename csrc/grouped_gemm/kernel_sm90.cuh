@@ -9,7 +9,7 @@
 //   producer warp 0: draws tiles; TMA of weights, 128 or 256 bytes of K a stage, 128-byte swizzle (packed ones: bulk copies)
 //   producer warps 1 to kTokenWarps: TMA of tokens (or gather_sm90.cuh, split_sm90.cuh), and for float8 products of the float32 scales (any
 //   strides)
-//   gated, the next producer warp, or where there is none warp 0: tells GEMM2 of act that is complete
+//   gated, the next producer warp, or where there is none warp 0: tells GEMM2 of act that is complete, and (16 bits) asks for it
 //   1, 2 or 4 consumer warpgroups: wgmma, promotion (float8), epilogue. Two with two waves each or, where instructions decide (4-bit weights, up to
 //   64 tokens), four with one: then two have gate and two up (paired), which these hand over at the end
 //
@@ -59,7 +59,6 @@ struct Tile {
   int32_t valid_tokens;
   int32_t size;           // log2 of the tokens multiplied, 8 .. kMaxTokens, without those that a tall tile has more; 0: no more tiles
   int32_t token_tile;     // token tiles before it, of all experts: the same for both GEMMs
-  int32_t act_ready;      // GEMM2: whether act was complete when the tile's expert was looked up
 };
 
 // kRows = 64 * kWarpgroups * kWaves weight rows by up to kMaxTokens tokens. Split: GemmParams::tile_rows, of which alone something is loaded and stored;
@@ -109,16 +108,17 @@ struct Config {
   static constexpr int kStoreTokens = kPacked && kMaxTokens == 128 ? 128 : 64, kStoreBytes = kWarpgroups * kStoreTokens * 128;
   static constexpr int kQuantBytes = kGated && kFloat8 ? 64 * (128 + 4 * 8 + 4) : 0;
   static constexpr int kStagingBytes = kStoreBytes > kQuantBytes ? kStoreBytes : kQuantBytes;
+  // Whether signal_acts() has a warp. Gathering takes all that there are: with two instead of three, layers were up to 10 % slower.
+  static constexpr bool kSignalWarp = kGated && !kCanGather;
+  static constexpr bool kAsksForActs = kSignalWarp && !kFloat8;  // float8 has two token warps, which ask as soon, and no room for the barriers
   static constexpr int kRowTokenBytes = kSplit ? 2 * kMaxSplitSlots : 0;
-  static constexpr int kFixedBytes = kStagingBytes + 8 * (kMaxExperts + 1) + kRowTokenBytes + kTileSlots * (2 * 8 + int(sizeof(Tile)));
+  static constexpr int kFixedBytes = kStagingBytes + 8 * (kMaxExperts + 1) + kRowTokenBytes + kTileSlots * ((2 + kAsksForActs) * 8 + int(sizeof(Tile)));
   static constexpr int kStagesBytes = (kBlocksPerSm == 2 ? kSmemLimit / 2 - 512 : kSmemLimit) - kFixedBytes;  // at most
   static constexpr int kFittingStages = kStagesBytes / kStageBytes;
   static_assert(kFittingStages == kStagesBytes / (kStageBytes - kStageBlocks * kExtraTokens * 128), "tall tiles would cost a stage");
   static constexpr int kStages = kFittingStages < 18 ? kFittingStages : 18;
   static constexpr int kSmemBytes = kFixedBytes + kStages * kStageBytes;
   static_assert(kStages >= 5 || kPacked || kMaxTokens > 64, "tiles of 64 tokens would lose a stage: float8 has room for just five");
-  // Whether signal_acts() has a warp. Gathering takes all that there are: with two instead of three, layers were up to 10 % slower.
-  static constexpr bool kSignalWarp = kGated && !kCanGather;
   // Warps that load tokens. Split: they quantise them, too, and tiles have as few as two K blocks, and a latency for each. They take steps of
   // 128 k in turn, kTokenSteps of them a stage, and nobody may miss a round of the pipeline.
   static constexpr int kTokenSteps = kSplit ? kTokenBytes / (kMaxTokens * 128 * int(sizeof(Element))) : 1;
@@ -168,6 +168,7 @@ struct Smem {
   Barrier* empty;
   Barrier* tile_full;   // tiles
   Barrier* tile_empty;
+  Barrier* act_full;    // gated: see signal_acts()
   Tile* tiles;
   int32_t* offsets;     // [E + 1] first row of each expert
   int32_t* tile_begin;  // [E + 1] token tiles before each expert
@@ -185,7 +186,8 @@ struct Smem {
     empty = full + C::kStages;
     tile_full = empty + C::kStages;
     tile_empty = tile_full + kTileSlots;
-    tiles = reinterpret_cast<Tile*>(tile_empty + kTileSlots);
+    act_full = tile_empty + kTileSlots;
+    tiles = reinterpret_cast<Tile*>(act_full + (C::kAsksForActs ? kTileSlots : 0));
     offsets = reinterpret_cast<int32_t*>(tiles + kTileSlots);
     tile_begin = offsets + kMaxExperts + 1;
     row_tokens = reinterpret_cast<uint16_t*>(tile_begin + kMaxExperts + 1);
@@ -220,7 +222,6 @@ struct TileFinder {
   int32_t first_draw = 0, end_draw = 0, per_draw;        // its draws, of that many neighbouring tiles each
   int32_t row_tiles, tiles_per_part;
   int32_t expert, first_token_tile, token_tiles;         // of the tile found last
-  uint32_t ready;                                        // gated, GEMM2: of which of its token tiles (the first 32) act is complete
 
   __device__ TileFinder(const KernelParams& p, const Smem<C>& smem) : p(p), smem(smem) { start_gemm(); }
 
@@ -233,11 +234,14 @@ struct TileFinder {
     row_tiles = both_parts() ? tiles_per_part : tiles_per_part * p.gemm[gemm].parts;
     begin = end;
     end += smem.tile_begin[p.num_experts] * row_tiles;
-    // At most an eighth of what a thread block gets, so that they end together.
-    const int32_t most = min(min(kTileSlots / 2, kDrawStages / k_stages), (end - begin) / int32_t(8 * gridDim.x));
-    per_draw = C::kSplit || C::kMaxTokens == 128 || p.tile_counter == nullptr ? 1 : max(1, most);
+    per_draw = 1;
+    if (!C::kSplit && C::kMaxTokens < 128 && p.tile_counter != nullptr && k_stages <= kDrawStages / 2) {
+      // At most an eighth of what a thread block gets, so that they end together.
+      const int32_t most = min(min(kTileSlots / 2, kDrawStages / k_stages), (end - begin) / int32_t(8 * gridDim.x));
+      per_draw = max(1, most);
+    }
     first_draw = end_draw;
-    end_draw += (end - begin + per_draw - 1) / per_draw;
+    end_draw += per_draw == 1 ? end - begin : (end - begin + per_draw - 1) / per_draw;
     expert = p.num_experts - 1;
   }
 
@@ -253,7 +257,7 @@ struct TileFinder {
     last = min(index + per_draw, end);
   }
 
-  // Warp-collective: 32 experts are tried at once.
+  // Warp-collective: 32 experts are tried at once. A division takes as long as all the rest, hence the conditions before them.
   __device__ Tile find(int32_t index) {
     while (index >= end) {
       if (gemm + 1 == p.num_gemms) return {};
@@ -261,28 +265,22 @@ struct TileFinder {
     }
     index = end - 1 - index;
     const int lane = threadIdx.x & 31;
-    while (true) {
-      const int e = expert - lane;
-      const bool past = e <= 0 || smem.tile_begin[e] * row_tiles <= index;
-      const uint32_t mask = __ballot_sync(~0u, past);
-      if (mask) {
-        expert -= __ffs(mask) - 1;
-        break;
-      }
-      expert -= 32;
+    auto past = [&](int e) { return __ballot_sync(~0u, e <= 0 || smem.tile_begin[e] * row_tiles <= index); };
+    uint32_t mask = past(expert - lane);
+    if (mask == 0) {  // not among the next 32: those of which every 32nd is past, too
+      static_assert(kMaxExperts <= 32 * 32);
+      expert -= 32 * __ffs(past(expert - 32 * (lane + 1))) - 31;
+      mask = past(expert - lane);
     }
+    expert -= __ffs(mask) - 1;
     first_token_tile = smem.tile_begin[expert];
     token_tiles = smem.tile_begin[expert + 1] - first_token_tile;
-    if (C::kGated && gemm == 1) {
-      ready = __ballot_sync(~0u, lane < token_tiles && load_acquire(p.ready + first_token_tile + lane) >= p.ready_count);
-      __syncwarp();  // what a lane has acquired is every lane's
-    }
     const int32_t local = index - first_token_tile * row_tiles;
-    const int32_t row_tile = local / token_tiles;
+    const int32_t row_tile = token_tiles == 1 ? local : local / token_tiles;
     Tile tile = {};
     tile.gemm = gemm;
     tile.expert = expert;
-    tile.part = both_parts() ? 0 : row_tile / tiles_per_part;
+    tile.part = row_tiles == tiles_per_part ? 0 : row_tile / tiles_per_part;
     tile.row = (row_tile - tile.part * tiles_per_part) * row_step();
     set_tokens(tile, local - row_tile * token_tiles);
     return tile;
@@ -307,7 +305,6 @@ struct TileFinder {
     tile.valid_tokens = tiles.begin(token_tile + 1) - begin;
     tile.size = max(3, 32 - __clz(min(tile.valid_tokens, C::kMaxTokens) - 1));
     tile.token_tile = first_token_tile + token_tile;
-    tile.act_ready = C::kGated && gemm == 1 && token_tile < 32 && (ready >> token_tile & 1);
   }
 };
 

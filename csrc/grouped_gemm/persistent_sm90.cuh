@@ -6,8 +6,9 @@
 
 namespace moe::sm90 {
 
+// Inlined whatever the compiler thinks of it: in a function of its own, every wgmma waits for the one before (C7510).
 template <class C>
-__device__ void consume(const KernelParams& p, const Smem<C>& smem) {
+__device__ __forceinline__ void consume(const KernelParams& p, const Smem<C>& smem) {
   PipelineState<C::kStages> pipe;
   TileSlot slot;
   // What decides about loops and descriptors is made uniform, so that the descriptors stay in uniform registers: otherwise ptxas
@@ -30,8 +31,10 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
       }
     auto narrow = [&]<int kTokens>() {
       float total[C::kWaves * kTokens / 2];
+      GlobalScales<C> scales;
+      if constexpr (kLoadsScalesEarly<C, kTokens>) scales.load(p, tile, warpgroup);
       multiply<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
-      NarrowEpilogue<C, kTokens>{p, smem, tile, g, total}.run();
+      NarrowEpilogue<C, kTokens>{p, smem, tile, g, total, scales}.run();
     };
     auto wide = [&]<TileShape kShape>() {
       float total[C::kWaves * 64], extra[C::kExtraTokens > 0 ? C::kWaves * C::kExtraTokens / 2 : 1];
@@ -41,7 +44,7 @@ __device__ void consume(const KernelParams& p, const Smem<C>& smem) {
         Tile rest = tile;
         rest.token += C::kMaxTokens;
         rest.valid_tokens -= C::kMaxTokens;
-        NarrowEpilogue<C, C::kExtraTokens>{p, smem, rest, g, extra}.run();
+        NarrowEpilogue<C, C::kExtraTokens>{p, smem, rest, g, extra, {}}.run();
       }
     };
     switch (size) {
@@ -88,6 +91,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm_ker
     for (int s = 0; s < kTileSlots; ++s) {
       smem.tile_full[s].init(1);
       smem.tile_empty[s].init(C::kReaders);
+      if (C::kAsksForActs) smem.act_full[s].init(1);
     }
     cutlass::arch::fence_barrier_init();
   }

@@ -87,7 +87,13 @@ __device__ __forceinline__ void signal_act(const KernelParams& p, const Smem<C>&
   if (threadIdx.x % kLanes == 0) add_release(p.ready + token_tile);
 }
 
-// By a warp of its own (kSignalWarp).
+// Returns, in one lane, once act of a token tile is in memory, for TMA and for loads that do not look in L1.
+__device__ __forceinline__ void poll_act(const KernelParams& p, int32_t token_tile) {
+  while (load_acquire(p.ready + token_tile) < p.ready_count) __nanosleep(32);
+}
+
+// By a warp of its own (kSignalWarp), which also finds out (kAsksForActs), before the token warps need it, when act of GEMM2's tiles is complete:
+// memory takes some 700 cycles to tell, for each tile.
 template <class C>
 __device__ void signal_acts(const KernelParams& p, const Smem<C>& smem) {
   TileSlot slot;
@@ -97,6 +103,11 @@ __device__ void signal_acts(const KernelParams& p, const Smem<C>& smem) {
     if (size == 0) return;
     const TileSlot its_slot = slot;
     release_tile(smem, slot);  // copied
+    if (C::kAsksForActs && threadIdx.x % kLanes == 0) {
+      if (gemm == 1) poll_act(p, token_tile);
+      smem.act_full[its_slot.stage()].arrive();
+    }
+    __syncwarp();
     if (gemm == 0 && p.num_gemms == 2) signal_act<C>(p, smem, its_slot, token_tile);
   }
 }
@@ -220,16 +231,15 @@ struct TokenLoader {
   const float* a_scale;
   const float* b_scale[C::kWaves];
 
-  // Returns once act of the tile's tokens is in memory, for TMA and for loads that do not look in L1.
-  __device__ void wait_for_act() {
-    if (lane == 0) {
-      while (!tile.act_ready && load_acquire(p.ready + tile.token_tile) < p.ready_count) __nanosleep(32);
+  __device__ void start_tile(const TileSlot& slot) {  // its slot
+    if (C::kGated && tile.gemm == 1) {
+      if constexpr (C::kAsksForActs) {
+        smem.act_full[slot.stage()].wait(slot.phase());
+      } else {
+        if (lane == 0) poll_act(p, tile.token_tile);
+        __syncwarp();
+      }
     }
-    __syncwarp();
-  }
-
-  __device__ void start_tile() {
-    if (C::kFused && tile.gemm == 1) wait_for_act();
     if constexpr (C::kFloat8) {
       const GemmParams& g = p.gemm[tile.gemm];
 #pragma unroll
@@ -294,11 +304,12 @@ __device__ void load_tokens(const KernelParams& p, const Smem<C>& smem, int firs
   Loader loader{p, smem};
   while (true) {
     loader.tile = wait_tile(smem, slot);
+    const TileSlot its_slot = slot;
     release_tile(smem, slot);  // copied
     if (loader.tile.size == 0) return;
     const int k_stages = p.gemm[loader.tile.gemm].k_stages;
     if (first < k_stages) {  // `first` is this warp's first stage of the tile
-      loader.start_tile();
+      loader.start_tile(its_slot);
       typename Loader::Scales scales[Loader::kAhead];
       if constexpr (C::kFloat8)
 #pragma unroll

@@ -100,7 +100,7 @@ struct SplitTokens {
   const KernelParams& p;
   const Smem<C>& smem;
   const Tile tile;
-  const int lane = read_thread() % kLanes;
+  const int lane = (C::kWarpgroups == 4 ? read_thread() : threadIdx.x) % kLanes;  // split256 spills if it is kept from tile to tile
 
   template <class Channels>
   __device__ __forceinline__ void load(Channels (&rows)[kRowsAtOnce], int base, int channel, int channels) const {
