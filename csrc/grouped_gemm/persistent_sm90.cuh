@@ -31,7 +31,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const Smem<C>& sm
       }
     auto narrow = [&]<int kTokens>() {
       float total[C::kWaves * kTokens / 2];
-      GlobalScales<C> scales;
+      GlobalScales<C> scales = {};
       if constexpr (kLoadsScalesEarly<C, kTokens>) scales.load(p, tile, warpgroup);
       multiply<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
       NarrowEpilogue<C, kTokens>{p, smem, tile, g, total, scales}.run();
