@@ -88,7 +88,7 @@ __device__ void gather_tokens(const KernelParams& p, const Smem<C>& smem, int wa
     loader.tile = wait_tile(smem, slot);
     if (loader.tile.size == 0 || loader.tile.gemm == 1) return load_tokens<C>(p, smem, warp, pipe, slot);
     release_tile(smem, slot);  // copied
-    loader.start_tile(slot);  // of GEMM1, for which it waits for nothing
+    loader.start_tile();
     gather.start_tile();
     typename TokenLoader<C>::Scales scales;
     int turn = warp;  // the next K block whose scales are this warp's

@@ -185,7 +185,7 @@ __device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::k
                                          float (&total)[C::kWaves * kTokens / 2]) {
   if constexpr (C::kPacked && C::kFloat8) {
     multiply_packed_float8<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
-  } else if constexpr (C::kPacked && is_few<C, kTokens>) {
+  } else if constexpr (C::kPacked && kIsFew<C, kTokens>) {
     multiply_packed_few<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
   } else if constexpr (C::kPacked) {
     multiply_packed<C, kTokens>(smem, pipe, k_stages, warpgroup, total);

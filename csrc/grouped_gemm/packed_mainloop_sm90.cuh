@@ -149,7 +149,7 @@ __device__ __forceinline__ void multiply_packed(const Smem<C>& smem, PipelineSta
 
 constexpr int kFewTokens = 16;
 template <class C, int kTokens>
-constexpr bool is_few = C::kMaxTokens <= 64 && kTokens <= kFewTokens;  // with larger tiles a kernel has no registers for both loops
+constexpr bool kIsFew = C::kMaxTokens <= 64 && kTokens <= kFewTokens;  // with larger tiles a kernel has no registers for both loops
 
 // d[16, 8] += a[16, 16] * b[8, 16]^T, of a warp: a and d as a warp of wgmma has them (mma_sm90.cuh), b one of load_matrices()' pairs.
 __device__ __forceinline__ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b) {

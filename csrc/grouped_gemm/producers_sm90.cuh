@@ -93,7 +93,7 @@ __device__ __forceinline__ void poll_act(const KernelParams& p, int32_t token_ti
 }
 
 // By a warp of its own (kSignalWarp), which also finds out (kAsksForActs), before the token warps need it, when act of GEMM2's tiles is complete:
-// memory takes some 700 cycles to tell, for each tile.
+// memory takes 500 to 800 cycles to tell, for each tile (history, 35).
 template <class C>
 __device__ void signal_acts(const KernelParams& p, const Smem<C>& smem) {
   TileSlot slot;
@@ -231,15 +231,16 @@ struct TokenLoader {
   const float* a_scale;
   const float* b_scale[C::kWaves];
 
-  __device__ void start_tile(const TileSlot& slot) {  // its slot
-    if (C::kGated && tile.gemm == 1) {
-      if constexpr (C::kAsksForActs) {
-        smem.act_full[slot.stage()].wait(slot.phase());
-      } else {
-        if (lane == 0) poll_act(p, tile.token_tile);
-        __syncwarp();
-      }
+  __device__ void wait_for_act(const TileSlot& slot) const {  // of the tile
+    if constexpr (C::kAsksForActs) {
+      smem.act_full[slot.stage()].wait(slot.phase());
+    } else {
+      if (lane == 0) poll_act(p, tile.token_tile);
+      __syncwarp();
     }
+  }
+
+  __device__ void start_tile() {
     if constexpr (C::kFloat8) {
       const GemmParams& g = p.gemm[tile.gemm];
 #pragma unroll
@@ -309,7 +310,8 @@ __device__ void load_tokens(const KernelParams& p, const Smem<C>& smem, int firs
     if (loader.tile.size == 0) return;
     const int k_stages = p.gemm[loader.tile.gemm].k_stages;
     if (first < k_stages) {  // `first` is this warp's first stage of the tile
-      loader.start_tile(its_slot);
+      if (C::kGated && loader.tile.gemm == 1) loader.wait_for_act(its_slot);
+      loader.start_tile();
       typename Loader::Scales scales[Loader::kAhead];
       if constexpr (C::kFloat8)
 #pragma unroll

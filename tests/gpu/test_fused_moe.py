@@ -165,16 +165,6 @@ def test_sizes_that_no_tile_divides(format: str, hidden_size: int, intermediate_
         compare("cutlass_sm90", layer(format, num_tokens, **sizes))
 
 
-@pytest.mark.parametrize("num_tokens", [7, 300])
-def test_experts_far_apart(format: str, num_tokens: int) -> None:
-    """cutlass_sm90 alone, where a tile is looked for among 32 experts at once, and then farther away."""
-    if reason := why_not("cutlass_sm90"):
-        pytest.skip(reason)
-    call = layer(format, num_tokens, hidden_size=256, intermediate_size=128, num_experts=1024, top_k=2)
-    hit, first = torch.tensor([0, 1, 31, 500, 991, 992, 1023], device=DEVICE), torch.arange(num_tokens, device=DEVICE)
-    compare("cutlass_sm90", with_ids(call, hit[torch.stack((first, first + 3), 1) % len(hit)]))
-
-
 GPT_OSS = {"alpha": 1.702, "beta": 1.0, "limit": 1.5, "bias": True}
 OPTIONS = {
     "gate_up": GPT_OSS,

@@ -65,6 +65,23 @@ def test_tiles_of_one_stage(sm90_product: str, hidden_size: int) -> None:
             assert torch.equal(with_tactic(call, tactic), expected), tactic
 
 
+@pytest.mark.parametrize("num_tokens", [7, 300])
+def test_experts_far_apart(sm90_product: str, num_tokens: int) -> None:
+    """A tile is looked for among 32 experts at once, and then farther away: of 1024, seven are hit. A layer of those
+    seven alone gives the same bits."""
+    call = layer(sm90_product, num_tokens, hidden_size=256, intermediate_size=128, num_experts=1024, top_k=2)
+    hit, first = torch.tensor([0, 1, 31, 500, 991, 992, 1023], device=DEVICE), torch.arange(num_tokens, device=DEVICE)
+    ids = torch.stack((first, first + 3), 1) % len(hit)
+    of_each_expert = {
+        name: x[hit] for name, x in call.options.items() if isinstance(x, torch.Tensor) and x.shape[:1] == (1024,)
+    }
+    x, w13, w2, weights, _ = call.args
+    expected = with_tactic(call.but(x, w13[hit], w2[hit], weights, ids.int(), **of_each_expert), "gated64")
+    assert expected.isfinite().all()
+    for tactic in possible_tactics(sm90_product, split=num_tokens < 192):
+        assert torch.equal(with_tactic(with_ids(call, hit[ids]), tactic), expected), tactic
+
+
 @pytest.mark.parametrize("num_tokens", [1, 33, 700])
 def test_the_same_bits(sm90_product: str, num_tokens: int) -> None:
     call = layer(sm90_product, num_tokens)
