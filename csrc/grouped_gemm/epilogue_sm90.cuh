@@ -45,31 +45,23 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t m0, ui
 // Staging is [tokens][8 chunks of 16 bytes], chunk c of token t at c ^ (t % 8): no bank conflicts on either side.
 __device__ __forceinline__ uint32_t staged(int token, int chunk) { return token * 128 + (chunk ^ (token % 8)) * 16; }
 
-// Packed: of a warpgroup's rows of each wave of a tile, and of its tokens.
+// nvfp4: what products of one part of a GEMM's weights are multiplied by, which come as 1 / kUnpackedScale of what they are.
 template <class C>
-struct GlobalScales {
-  float weights[C::kWaves], acts;
+__device__ __forceinline__ float load_global_scale(const KernelParams& p, int gemm, int part, int expert) {
+  const ScaleView& s = p.gemm[gemm].b_global_scale;
+  const float weights = s.data != nullptr ? __ldg(s.data + expert * s.stride_group + part * s.stride_row) : 1.f;
+  return kUnpackedScale<C::kPacking> * weights * p.act_global_scale(gemm, expert);
+}
 
-  __device__ __forceinline__ void load(const KernelParams& p, const Tile& tile, int warpgroup) {
-    const ScaleView& s = p.gemm[tile.gemm].b_global_scale;
-#pragma unroll
-    for (int w = 0; w < C::kWaves; ++w) {
-      int32_t part, row;
-      block_origin<C>(p, tile, w * C::kWarpgroups + warpgroup, part, row);
-      weights[w] = s.data != nullptr ? __ldg(s.data + tile.expert * s.stride_group + part * s.stride_row) : 1.f;
-    }
-    acts = p.act_global_scale(tile.gemm, tile.expert);
+// Of all experts, by the consumers, while the first stages are on their way.
+template <class C>
+__device__ __forceinline__ void keep_global_scales(const KernelParams& p, const Smem<C>& smem) {
+  for (int e = threadIdx.x; e < p.num_experts; e += C::kConsumers) {
+    for (int part = 0; part < 2; ++part) smem.global_scales[part * kMaxExperts + e] = load_global_scale<C>(p, 0, part, e);
+    smem.global_scales[2 * kMaxExperts + e] = load_global_scale<C>(p, 1, 0, e);
   }
-  // They are not needed before: else the compiler multiplies them, and so waits for them, where they are loaded.
-  __device__ __forceinline__ void wait() {
-#pragma unroll
-    for (float& scale : weights) asm volatile("" : "+f"(scale));
-    asm volatile("" : "+f"(acts));
-  }
-};
-// With few tokens there are registers for them, and waiting at the end of a tile took some 250 of its 3300 cycles (history, 35).
-template <class C, int kTokens>
-constexpr bool kLoadsScalesEarly = C::kPacked && !C::kFloat8 && kIsFew<C, kTokens>;
+  sync_threads(kActBarrier, C::kConsumers);
+}
 
 template <class C, int kTokens>
 struct NarrowEpilogue {
@@ -79,11 +71,10 @@ struct NarrowEpilogue {
   const Tile tile;
   const GemmParams& g;
   float (&total)[C::kWaves * kWave];
-  GlobalScales<C> scales;
-  static __device__ int this_thread() { return C::kPacked ? read_thread() : threadIdx.x; }
+  static __device__ uint32_t this_thread() { return C::kPacked ? read_thread() : threadIdx.x; }
   const int warpgroup = this_thread() / 128, thread = this_thread() % 128, warp = thread / 32, lane = thread % 32;
-  // Row of the wave that this thread's first accumulator belongs to; its second is eight below. Of act, its channel.
-  const int wave_row = warpgroup * 64 + warp * 16 + lane / 4;
+  // Row of the warpgroup, and of the wave, that this thread's first accumulator belongs to; its second is eight below. Of act, its channel.
+  const int own_row = warp * 16 + lane / 4, wave_row = warpgroup * 64 + own_row;
 
   __device__ __forceinline__ void origin(int wave, int32_t& part, int32_t& row) const {  // of this warpgroup's rows of a wave
     block_origin<C>(p, tile, wave * C::kWarpgroups + warpgroup, part, row);
@@ -96,7 +87,7 @@ struct NarrowEpilogue {
     origin(wave, part, row);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int32_t r = row + wave_row % 64 + 8 * half;
+      const int32_t r = row + own_row + 8 * half;
       if (r >= g.part_rows) continue;
       const float bias = load_bias(g, (int64_t(tile.expert) * g.parts + part) * g.part_rows + r);
 #pragma unroll
@@ -105,23 +96,24 @@ struct NarrowEpilogue {
     }
   }
 
-  // f(offset, i) for each accumulator i of a wave that exists, `offset` from out[tile.token, column].
-  template <class F>
-  __device__ __forceinline__ void for_each_value(int32_t columns, F&& f) {
+  // f(address in out, i) for each accumulator i of a wave that exists, whose first column is `column`.
+  template <class T, class F>
+  __device__ __forceinline__ void for_each_value(int32_t column, int32_t columns, F&& f) {
+    const int token = 2 * (lane % 4);
+    T* const out = static_cast<T*>(g.out) + int64_t(tile.token + token) * g.out_stride + column + own_row;
 #pragma unroll
     for (int i = 0; i < kWave; ++i) {
-      const int token = token_of(i, lane), row = wave_row % 64 + 8 * (i / 2 % 2);
-      if (token < tile.valid_tokens && row < columns) f(token * g.out_stride + row, i);
+      const int more_tokens = 8 * (i / 4) + i % 2, more_rows = 8 * (i / 2 % 2);
+      if (token + more_tokens < tile.valid_tokens && own_row + more_rows < columns) f(out + (more_tokens * g.out_stride + more_rows), i);
     }
   }
-  __device__ __forceinline__ int64_t first_value(int32_t column) const { return int64_t(tile.token) * g.out_stride + column; }
 
   // out[token, column .. column + 64) = this warpgroup's rows of a wave; `columns` of them exist.
   template <int kFirst>
   __device__ __forceinline__ void store_16bit(int32_t column, int32_t columns) {
     if constexpr (kTokens <= 16) {  // so little that three barriers cost more than stores of 2 bytes
-      auto out = static_cast<uint16_t*>(g.out) + first_value(column);
-      return for_each_value(columns, [&](int32_t offset, int i) { out[offset] = uint16_t(pack_16bit(g.out_dtype, total[kFirst + i], 0.f)); });
+      const auto store = [&]<class T>() { for_each_value<T>(column, columns, [&](T* out, int i) { *out = T(total[kFirst + i]); }); };
+      return g.out_dtype == DType::bfloat16 ? store.template operator()<__nv_bfloat16>() : store.template operator()<__half>();
     }
     uint8_t* staging = smem.staging_ptr + warpgroup * C::kStoreTokens * 128;
     const uint32_t base = smem.staging + warpgroup * C::kStoreTokens * 128;
@@ -151,15 +143,13 @@ struct NarrowEpilogue {
   // The same for float32 out: eight lanes hold eight neighbouring columns, so registers go straight to memory.
   template <int kFirst>
   __device__ __forceinline__ void store_float32(int32_t column, int32_t columns) {
-    auto out = static_cast<float*>(g.out) + first_value(column);
-    for_each_value(columns, [&](int32_t offset, int i) { out[offset] = total[kFirst + i]; });
+    for_each_value<float>(column, columns, [&](float* out, int i) { *out = total[kFirst + i]; });
   }
 
   // gate_up, which is read by whoever finds it: +0 means that it is not there yet (split_sm90.cuh).
   __device__ void store_gate_up(int32_t column, int32_t columns) {
-    auto out = static_cast<float*>(g.out) + first_value(column);
-    for_each_value(columns, [&](int32_t offset, int i) {
-      asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(out + offset), "f"(total[i] == 0.f ? -0.f : total[i]) : "memory");
+    for_each_value<float>(column, columns, [&](float* out, int i) {
+      asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(out), "f"(total[i] == 0.f ? -0.f : total[i]) : "memory");
     });
   }
 
@@ -235,10 +225,14 @@ struct NarrowEpilogue {
 
   // Packed weights are multiplied without their global scale, and smaller by a power of two; tokens without theirs.
   __device__ __forceinline__ void apply_global_scales() {
-    if constexpr (kLoadsScalesEarly<C, kTokens>) scales.wait();
-    else scales.load(p, tile, warpgroup);
     unrolled<C::kWaves>([&](auto w) {
-      const float scale = kUnpackedScale<C::kPacking> * scales.weights[w] * scales.acts;
+      float scale = kUnpackedScale<C::kPacking>;
+      if constexpr (C::kPacking == Packing::nvfp4) {
+        int32_t part, row;
+        origin(w, part, row);
+        scale = C::kKeepsGlobalScales ? smem.global_scales[(tile.gemm == 0 ? part : 2) * kMaxExperts + tile.expert]
+                                      : load_global_scale<C>(p, tile.gemm, part, tile.expert);
+      }
 #pragma unroll
       for (int i = 0; i < kWave; ++i) total[w * kWave + i] *= scale;
     });

@@ -103,16 +103,20 @@ struct Config {
   static constexpr int kWaveScales = kFloat8 ? kMaxTokens : 0;  // floats a wave and stage
   static constexpr int kBlockScaleBytes = 4 * kWaves * kWaveScales, kScaleBytes = kStageBlocks * kBlockScaleBytes;
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes + kScaleBytes + 2 * 8;  // with its two barriers
-  // Epilogue: up to 64 tokens (packed: 128) x 64 columns of 16 bits for each warpgroup. Gated float8, narrow: act [64, 128] bytes, amax
+  // Epilogue: 64 tokens (packed: all) x 64 columns of 16 bits for each warpgroup. Gated float8, narrow: act [64, 128] bytes, amax
   // [8 warps, 64], 1/scale [64]; wide: act [16, 128] bytes for each warp.
-  static constexpr int kStoreTokens = kPacked && kMaxTokens == 128 ? 128 : 64, kStoreBytes = kWarpgroups * kStoreTokens * 128;
+  static constexpr int kStoreTokens = kPacked ? kMaxTokens : 64, kStoreBytes = kWarpgroups * kStoreTokens * 128;
   static constexpr int kQuantBytes = kGated && kFloat8 ? 64 * (128 + 4 * 8 + 4) : 0;
   static constexpr int kStagingBytes = kStoreBytes > kQuantBytes ? kStoreBytes : kQuantBytes;
   // Whether signal_acts() has a warp. Gathering takes all that there are: with two instead of three, layers were up to 10 % slower.
   static constexpr bool kSignalWarp = kGated && !kCanGather;
   static constexpr bool kAsksForActs = kSignalWarp && !kFloat8;  // float8 has two token warps, which ask as soon, and no room for the barriers
+  // Global scales of all experts in shared memory: loading them for each tile was a fifth of the instructions of short ones. Kernels of 128 tokens have
+  // no room, and tiles enough to multiply.
+  static constexpr bool kKeepsGlobalScales = kFused && kPacking == Packing::nvfp4 && kMaxTokens <= 64;
+  static constexpr int kGlobalScaleBytes = kKeepsGlobalScales ? 3 * kMaxExperts * 4 : 0;
   static constexpr int kRowTokenBytes = kSplit ? 2 * kMaxSplitSlots : 0;
-  static constexpr int kFixedBytes = kStagingBytes + 8 * (kMaxExperts + 1) + kRowTokenBytes + kTileSlots * ((2 + kAsksForActs) * 8 + int(sizeof(Tile)));
+  static constexpr int kFixedBytes = kStagingBytes + 8 * (kMaxExperts + 1) + kGlobalScaleBytes + kRowTokenBytes + kTileSlots * ((2 + kAsksForActs) * 8 + int(sizeof(Tile)));
   static constexpr int kStagesBytes = (kBlocksPerSm == 2 ? kSmemLimit / 2 - 512 : kSmemLimit) - kFixedBytes;  // at most
   static constexpr int kFittingStages = kStagesBytes / kStageBytes;
   static_assert(kFittingStages == kStagesBytes / (kStageBytes - kStageBlocks * kExtraTokens * 128), "tall tiles would cost a stage");
@@ -172,6 +176,7 @@ struct Smem {
   Tile* tiles;
   int32_t* offsets;     // [E + 1] first row of each expert
   int32_t* tile_begin;  // [E + 1] token tiles before each expert
+  float* global_scales; // [3][kMaxExperts] load_global_scale() of GEMM1's parts and of GEMM2
   uint16_t* row_tokens; // split: [rows] of each row of GEMM1
 
   bool gathered;        // GEMM1's tokens come by cp.async (gather_sm90.cuh)
@@ -190,7 +195,8 @@ struct Smem {
     tiles = reinterpret_cast<Tile*>(act_full + (C::kAsksForActs ? kTileSlots : 0));
     offsets = reinterpret_cast<int32_t*>(tiles + kTileSlots);
     tile_begin = offsets + kMaxExperts + 1;
-    row_tokens = reinterpret_cast<uint16_t*>(tile_begin + kMaxExperts + 1);
+    global_scales = reinterpret_cast<float*>(tile_begin + kMaxExperts + 1);
+    row_tokens = reinterpret_cast<uint16_t*>(global_scales + C::kGlobalScaleBytes / 4);
   }
 };
 

@@ -62,6 +62,9 @@ __device__ __forceinline__ void unpack_step(const uint32_t (&words)[2], uint32_t
   }
 }
 
+// Bytes 0 and 2, or 1 and 3, each in the lower half of 16 bits.
+__device__ __forceinline__ uint32_t every_other_byte(uint32_t x, int first) { return __byte_perm(x, 0, first == 0 ? 0x4240 : 0x4341); }
+
 // A thread's part of half a block, of 32 k, as it is stored.
 template <Packing kPacking>
 struct PackedRegisters {
@@ -78,18 +81,17 @@ struct PackedRegisters {
                    : "r"(source));
     const uint32_t address = block + packed_value_bytes(kPacking) + (kPacking == Packing::nvfp4 ? thread / 4 * 8 + half * 4 : thread / 4 * 4);
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scales) : "r"(address));
-    if (kPacking != Packing::nvfp4) scales >>= 8 * half;
+    if (kPacking != Packing::nvfp4) scales = every_other_byte(scales, half);
   }
 
   // The operand of two steps of 16 k. nvfp4 scales are stored with 5 bits of exponent, to which 224 is added, and 3 of mantissa.
   __device__ __forceinline__ void unpack(uint32_t* a) const {
     if constexpr (kPacking == Packing::nvfp4) {
-      unpack_step(values[0], (scales & 0x00FF00FF) * 16 + 0x70007000, a);
-      unpack_step(values[1], __byte_perm(scales, 0, 0x4341) * 16 + 0x70007000, a + 4);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) unpack_step(values[step], every_other_byte(scales, step) * 16 + 0x70007000, a + 4 * step);
     } else {
-      const uint32_t both = (scales & 0x00FF00FF) * 128;
-      unpack_step(values[0], both, a);
-      unpack_step(values[1], both, a + 4);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) unpack_step(values[step], scales * 128, a + 4 * step);
     }
   }
 };
@@ -172,18 +174,18 @@ struct FewTokens {
   };
   const Smem<C>& smem;
   const uint32_t thread = read_thread() % 128;
-  uint32_t weights, tokens[2];  // addresses in stage 0; of tokens: this lane's, of the two halves of a K block
+  uint32_t weights, tokens;  // addresses in stage 0; of tokens: this lane's, of the first half of a K block; the other half is at 64 bytes more or less
 
   __device__ FewTokens(const Smem<C>& smem, int warpgroup) : smem(smem), weights(smem.weights + warpgroup * C::kRowBlockBytes) {
     const uint32_t lane = thread % 32, row = lane % 8, chunk = lane / 8;
-    for (int half = 0; half < 2; ++half) tokens[half] = smem.tokens + row * kRowBytes + ((chunk + 4 * half) ^ row) * 16;  // 128-byte swizzle
+    tokens = smem.tokens + row * kRowBytes + (chunk ^ row) * 16;  // 128-byte swizzle
   }
 
   __device__ __forceinline__ void load(Stage& s, const PipelineState<C::kStages>& pipe) const {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       const uint32_t block = weights + pipe.stage * C::kWeightBytes + half / 2 * C::kBlockBytes;
-      const uint32_t rows = tokens[half % 2] + pipe.stage * C::kTokenBytes + half / 2 * C::kBlockTokenBytes;
+      const uint32_t rows = ((tokens + pipe.stage * C::kTokenBytes) ^ half % 2 * 64) + half / 2 * C::kBlockTokenBytes;
 #pragma unroll
       for (int w = 0; w < C::kWaves; ++w) s.packed[w][half].load(block + w * C::kWarpgroups * C::kRowBlockBytes, half % 2, thread);
 #pragma unroll

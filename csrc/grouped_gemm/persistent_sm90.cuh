@@ -15,6 +15,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const Smem<C>& sm
   // moves each of them there again before every wgmma (R2UR).
   auto uniform = [](uint32_t x) { return __shfl_sync(~0u, x, 0); };
   const int warpgroup = uniform(threadIdx.x / 128);
+  if constexpr (C::kKeepsGlobalScales) keep_global_scales<C>(p, smem);
   while (true) {
     const Tile& tile = wait_tile(smem, slot);
     const uint32_t state = uniform(tile.size | (is_tall<C>(tile) || has_48<C>(tile)) << 7 | tile.gemm << 8 | pipe.phase << 9 | pipe.stage << 10);
@@ -31,10 +32,8 @@ __device__ __forceinline__ void consume(const KernelParams& p, const Smem<C>& sm
       }
     auto narrow = [&]<int kTokens>() {
       float total[C::kWaves * kTokens / 2];
-      GlobalScales<C> scales = {};
-      if constexpr (kLoadsScalesEarly<C, kTokens>) scales.load(p, tile, warpgroup);
       multiply<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
-      NarrowEpilogue<C, kTokens>{p, smem, tile, g, total, scales}.run();
+      NarrowEpilogue<C, kTokens>{p, smem, tile, g, total}.run();
     };
     auto wide = [&]<TileShape kShape>() {
       float total[C::kWaves * 64], extra[C::kExtraTokens > 0 ? C::kWaves * C::kExtraTokens / 2 : 1];
@@ -44,7 +43,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const Smem<C>& sm
         Tile rest = tile;
         rest.token += C::kMaxTokens;
         rest.valid_tokens -= C::kMaxTokens;
-        NarrowEpilogue<C, C::kExtraTokens>{p, smem, rest, g, extra, {}}.run();
+        NarrowEpilogue<C, C::kExtraTokens>{p, smem, rest, g, extra}.run();
       }
     };
     switch (size) {
