@@ -92,8 +92,9 @@ struct Config {
   // decide, those of a loop count half (history, 34).
   static constexpr bool kTwoBlocksOf16Bit = kSplit || (is_4bit(kPacking) && (kWarpgroups == 4 || (kGated && kBlocksPerSm == 2)));
   static constexpr int kStageBlocks = (kFloat8 ? kSplit && !kPacked && kWarpgroups == 1 : kTwoBlocksOf16Bit) ? 2 : 1;
-  // Stages whose weights are asked for together, once all are free: neighbouring bytes of a row at a time are read faster from memory (history, 33).
-  static constexpr int kStagesAtOnce = !kSplit && !kPacked && kMaxTokens <= 64 ? 2 : 1;
+  // Stages whose weights are asked for together, once all are free: neighbouring bytes of a row at a time are read faster from memory (history, 33),
+  // but not by 64 SMs with a tile of 64 rows each (36).
+  static constexpr int kStagesAtOnce = !kSplit && !kPacked && kMaxTokens <= 64 && kRows == 256 ? 2 : 1;
   static constexpr int kStageWeightBlocks = kStageBlocks * (kPacked && kFloat8 ? 2 : 1);  // packed: of 64 k each
   static constexpr int kBlockWeightBytes = kRows * 128, kBlockTokenBytes = (kMaxTokens + kExtraTokens) * 128;
   static constexpr int kRowBlockBytes = kStageWeightBlocks * kBlockBytes;  // packed: of 64 weight rows, in a stage
