@@ -44,6 +44,11 @@ cudaError_t count_sms(int* num_sms) {
   return cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
 }
 
+sm90::GemmFacts facts_of(const GroupedGemmArgs& args, int num_sms) {
+  const int64_t bits = is_4bit(args.packing) ? 4 : args.packing != Packing::none || args.ab_dtype == DType::float8_e4m3 ? 8 : 16;
+  return {args.num_rows, args.num_experts, args.n / args.b_parts, args.b_parts, args.k * bits / 8, num_sms};
+}
+
 // Calls f.operator()<Element, Packing>() for what the arguments hold.
 template <class F>
 auto with_element(const GroupedGemmArgs& args, F&& f) {
@@ -63,14 +68,14 @@ cudaError_t grouped_gemm_sm90_counted(const GroupedGemmArgs& args, int32_t* tile
   if (grouped_gemm_sm90_why_not(args) != nullptr) return cudaErrorInvalidValue;
   int num_sms = 0;
   if (auto e = count_sms(&num_sms)) return e;
-  const int32_t rows = sm90::choose_tile_rows(args.num_rows, args.num_experts, args.n / args.b_parts, args.b_parts, num_sms);
+  const int32_t rows = sm90::choose_tile_rows(facts_of(args, num_sms));
   return with_element(args, [&]<class Element, Packing kPacking>() { return sm90::launch_element<Element, kPacking>(rows, args, tile_counter, num_sms, stream); });
 }
 
 cudaError_t grouped_gemm_sm90(const GroupedGemmArgs& args, void* workspace, cudaStream_t stream) {
   int num_sms = 0;
   if (auto e = count_sms(&num_sms)) return e;
-  if (sm90::tiles_are_dealt(args.num_rows, args.num_experts, args.n / args.b_parts, args.b_parts, num_sms))
+  if (sm90::tiles_are_dealt(facts_of(args, num_sms)))
     return grouped_gemm_sm90_counted(args, nullptr, stream);
   if (auto e = cudaMemsetAsync(workspace, 0, sizeof(int32_t), stream)) return e;
   return grouped_gemm_sm90_counted(args, static_cast<int32_t*>(workspace), stream);

@@ -112,7 +112,7 @@ struct Config {
   // Whether signal_acts() has a warp. Gathering takes all that there are: with two instead of three, layers were up to 10 % slower.
   static constexpr bool kSignalWarp = kGated && !kCanGather;
   static constexpr bool kAsksForActs = kSignalWarp && !kFloat8;  // float8 has two token warps, which ask as soon, and no room for the barriers
-  // Global scales of all experts in shared memory: loading them for each tile was a fifth of the instructions of short ones. Kernels of 128 tokens have
+  // Global scales of all experts in shared memory: loading them for each tile was a seventh of the instructions of a short one. Kernels of 128 tokens have
   // no room, and tiles enough to multiply.
   static constexpr bool kKeepsGlobalScales = kFused && kPacking == Packing::nvfp4 && kMaxTokens <= 64;
   static constexpr int kGlobalScaleBytes = kKeepsGlobalScales ? 3 * kMaxExperts * 4 : 0;

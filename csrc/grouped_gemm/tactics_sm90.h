@@ -146,6 +146,13 @@ inline std::vector<Tactic> possible_tactics(const LayerFacts& f) {
 
 // ---- one GEMM ----
 
+struct GemmFacts {
+  int64_t num_rows;               // the most that can be
+  int32_t num_experts, part_rows, parts;
+  int64_t bytes_of_weight_row;    // of K values
+  int32_t num_sms;
+};
+
 // Up to here, hardly any expert has more than 64 tokens, or 32.
 constexpr bool few_tokens(int64_t num_rows, int32_t num_experts) { return num_rows <= 48 * int64_t(num_experts); }
 constexpr bool very_few_tokens(int64_t num_rows, int32_t num_experts) { return num_rows <= 12 * int64_t(num_experts); }
@@ -154,17 +161,18 @@ constexpr bool very_few_tokens(int64_t num_rows, int32_t num_experts) { return n
 constexpr bool fetches_few_bytes(int64_t num_rows, int32_t num_experts) { return num_rows <= 32 * int64_t(num_experts); }
 
 // Weight rows of a tile: 64, 128 or 256. Its tokens (8, 16, .. 128) follow each expert's count, on the device.
-constexpr int32_t choose_tile_rows(int64_t num_rows, int32_t num_experts, int32_t part_rows, int32_t parts, int32_t num_sms) {
-  const int64_t token_tiles = max_token_tiles(num_rows, num_experts) * parts;
-  if (token_tiles * tiles_of(part_rows, 256) >= 8 * num_sms) return 256;     // enough of them: the last round is a small part of all
-  return token_tiles * tiles_of(part_rows, 128) >= num_sms ? 128 : 64;       // decode: more thread blocks pull more bytes
+constexpr int32_t choose_tile_rows(const GemmFacts& f) {
+  const int64_t token_tiles = max_token_tiles(f.num_rows, f.num_experts) * f.parts;
+  if (token_tiles * tiles_of(f.part_rows, 256) >= 8 * f.num_sms) return 256;  // enough of them: the last round is a small part of all
+  // Decode: more thread blocks pull more bytes; and where experts are not all local, tiles are fewer than they could be (history, 36).
+  const int32_t enough = very_few_tokens(f.num_rows, f.num_experts) && f.bytes_of_weight_row >= 2048 ? 2 : 1;
+  return token_tiles * tiles_of(f.part_rows, 128) >= enough * f.num_sms ? 128 : 64;
 }
 
 // Whether every thread block takes each grid-th tile. More tiles are drawn from a counter, so that thread blocks do not drift apart; but the
 // counter has to be set to 0 before, by an operation of its own.
-constexpr bool tiles_are_dealt(int64_t num_rows, int32_t num_experts, int32_t part_rows, int32_t parts, int32_t num_sms) {
-  const int32_t tile_rows = choose_tile_rows(num_rows, num_experts, part_rows, parts, num_sms);
-  return max_token_tiles(num_rows, num_experts, 32) * parts * tiles_of(part_rows, tile_rows) <= 4 * int64_t(num_sms);
+constexpr bool tiles_are_dealt(const GemmFacts& f) {
+  return max_token_tiles(f.num_rows, f.num_experts, 32) * f.parts * tiles_of(f.part_rows, choose_tile_rows(f)) <= 4 * int64_t(f.num_sms);
 }
 
 }  // namespace moe::sm90

@@ -144,7 +144,7 @@ def routing(kind: str, tokens: int, top_k: int, num_ids: int) -> Tensor:
 @pytest.mark.parametrize("num_experts", [1, 8, 256, 384, 1024])
 @pytest.mark.parametrize("alignment", [1, 16, 128])
 def test_sort_slots(kind, num_experts, alignment):
-    for tokens, top_k in [(0, 8), (1, 8), (33, 1), (33, 8), (1024, 8), (4097, 6), (65536, 1)]:
+    for tokens, top_k in [(0, 8), (1, 8), (33, 1), (33, 8), (1024, 8), (1025, 8), (4097, 6), (65536, 1)]:
         ids = routing(kind, tokens, top_k, num_experts)
         got = ops.sort_slots.cuda(ids, num_experts, alignment=alignment)
         for result, expected in zip(got, ops.sort_slots.reference(ids, num_experts, alignment=alignment), strict=True):
