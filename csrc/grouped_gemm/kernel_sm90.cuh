@@ -117,7 +117,8 @@ struct Config {
   static constexpr bool kKeepsGlobalScales = kFused && kPacking == Packing::nvfp4 && kMaxTokens <= 64;
   static constexpr int kGlobalScaleBytes = kKeepsGlobalScales ? 3 * kMaxExperts * 4 : 0;
   static constexpr int kRowTokenBytes = kSplit ? 2 * kMaxSplitSlots : 0;
-  static constexpr int kFixedBytes = kStagingBytes + 8 * (kMaxExperts + 1) + kGlobalScaleBytes + kRowTokenBytes + kTileSlots * ((2 + kAsksForActs) * 8 + int(sizeof(Tile)));
+  static constexpr int kTileSlotBytes = kTileSlots * ((2 + kAsksForActs) * 8 + int(sizeof(Tile)));
+  static constexpr int kFixedBytes = kStagingBytes + 8 * (kMaxExperts + 1) + kGlobalScaleBytes + kRowTokenBytes + kTileSlotBytes;
   static constexpr int kStagesBytes = (kBlocksPerSm == 2 ? kSmemLimit / 2 - 512 : kSmemLimit) - kFixedBytes;  // at most
   static constexpr int kFittingStages = kStagesBytes / kStageBytes;
   static_assert(kFittingStages == kStagesBytes / (kStageBytes - kStageBlocks * kExtraTokens * 128), "tall tiles would cost a stage");
