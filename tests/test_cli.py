@@ -464,6 +464,11 @@ def test_compare(capsys, tmp_path):
     assert "fused_moe, uniform routing: geometric mean of 2 speedups: 1.000" in out
     assert f"not in {ours}: c bf16 1 uniform fused_moe" in out
     assert compare.geomean([2.0, 8.0]) == pytest.approx(4.0)
+    assert "below" not in out
+    status, out, _ = run(capsys, *argv, "--least", "0.5")
+    assert status == 0 and "below" not in out
+    status, out, _ = run(capsys, *argv, "--least", "0.98")
+    assert (status, out.splitlines()[-1]) == (1, "below 0.98: a bf16 8 uniform fused_moe 0.500")
     none = write(tmp_path / "none.jsonl", "none")
     status, out, err = run(capsys, "bench", "compare", ours, "--baseline", none)
     assert (status, out, err) == (2, "", f"bench: expected points that {ours} and a baseline share, got none\n")

@@ -34,7 +34,7 @@ def numbers(text: str) -> list[int]:
     return values
 
 
-def seconds(text: str) -> float:
+def not_negative(text: str) -> float:
     value = float(text)
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"expected a number that is not negative, got {text}")

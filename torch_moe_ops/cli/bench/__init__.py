@@ -20,7 +20,7 @@ from ...backends import CANDIDATES
 from ...experts import Experts
 from ...formats import FORMATS
 from .. import _layer
-from .._arguments import names_of, numbers, seconds
+from .._arguments import names_of, not_negative, numbers
 from . import compare
 from .host import measure_host_call
 from .measure import GRAPH_CALLS, Point, measure_fused_moe, one_line
@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=CANDIDATES["fused_moe"], help="force an overload (default: the chosen one)"
     )
-    parser.add_argument("--budget-s", type=seconds, default=math.inf, help="start no point after this many seconds")
+    parser.add_argument(
+        "--budget-s", type=not_negative, default=math.inf, help="start no point after this many seconds"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON Lines")
     parser.add_argument("--commit", help="recorded in the results (default: git's HEAD, else the build's)")
     parser.add_argument(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from .._arguments import not_negative
 from .._run import Refused
 
 
@@ -52,6 +53,10 @@ class Comparison:
     speedup: float  # best_us / us
     over_floor: float | None  # us / floor_us
 
+    @property
+    def key(self) -> Key:
+        return Key(self.case, self.format, self.tokens, self.routing, self.what)
+
     def __str__(self) -> str:
         over_floor = f"{self.over_floor:.2f}" if self.over_floor else "-"
         return (
@@ -72,6 +77,12 @@ def add_parser(reports: argparse._SubParsersAction) -> None:
     parser.add_argument("--baseline", type=Path, nargs="+", required=True, metavar="FILE", help="result files")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the speedups (needs matplotlib)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON Lines")
+    parser.add_argument(
+        "--least",
+        type=not_negative,
+        metavar="SPEEDUP",
+        help="point out what has less than this speedup; exit status 1 if anything has",
+    )
     parser.set_defaults(run=main)
 
 
@@ -102,7 +113,10 @@ def main(args: argparse.Namespace) -> int:
             print(f"{start} {len(over_floor)} times over the floor: {geomean(over_floor):.3f}")
     for key in missing(ours, baseline):
         print(f"not in {args.ours}: {' '.join(map(str, key))}")
-    return 0
+    slower = [row for row in rows if args.least is not None and row.speedup < args.least]
+    for row in slower:
+        print(f"below {args.least:g}: {' '.join(map(str, row.key))} {row.speedup:.3f}")
+    return 1 if slower else 0
 
 
 def compare(ours: Iterable[dict], baseline: Iterable[dict]) -> list[Comparison]:
