@@ -45,8 +45,8 @@ cudaError_t count_sms(int* num_sms) {
 }
 
 sm90::GemmFacts facts_of(const GroupedGemmArgs& args, int num_sms) {
-  const int64_t bits = is_4bit(args.packing) ? 4 : args.packing != Packing::none || args.ab_dtype == DType::float8_e4m3 ? 8 : 16;
-  return {args.num_rows, args.num_experts, args.n / args.b_parts, args.b_parts, args.k * bits / 8, num_sms};
+  const int64_t bytes = args.packing != Packing::none ? 0 : args.k * (args.ab_dtype == DType::float8_e4m3 ? 1 : 2);
+  return {args.num_rows, args.num_experts, args.n / args.b_parts, args.b_parts, bytes, num_sms};
 }
 
 // Calls f.operator()<Element, Packing>() for what the arguments hold.

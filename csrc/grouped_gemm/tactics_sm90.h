@@ -149,7 +149,7 @@ inline std::vector<Tactic> possible_tactics(const LayerFacts& f) {
 struct GemmFacts {
   int64_t num_rows;               // the most that can be
   int32_t num_experts, part_rows, parts;
-  int64_t bytes_of_weight_row;    // of K values
+  int64_t bytes_of_weight_row;    // of K values; packed: 0
   int32_t num_sms;
 };
 
@@ -164,7 +164,8 @@ constexpr bool fetches_few_bytes(int64_t num_rows, int32_t num_experts) { return
 constexpr int32_t choose_tile_rows(const GemmFacts& f) {
   const int64_t token_tiles = max_token_tiles(f.num_rows, f.num_experts) * f.parts;
   if (token_tiles * tiles_of(f.part_rows, 256) >= 8 * f.num_sms) return 256;  // enough of them: the last round is a small part of all
-  // Decode: more thread blocks pull more bytes; and where experts are not all local, tiles are fewer than they could be (history, 36).
+  // Decode: more thread blocks pull more bytes; and where experts are not all local, tiles are fewer than they could be (history, 36; packed weights,
+  // of which two thread blocks share an SM, have not been measured so).
   const int32_t enough = very_few_tokens(f.num_rows, f.num_experts) && f.bytes_of_weight_row >= 2048 ? 2 : 1;
   return token_tiles * tiles_of(f.part_rows, 128) >= enough * f.num_sms ? 128 : 64;
 }
