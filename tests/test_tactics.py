@@ -91,6 +91,23 @@ def test_rows_of_split_tiles(
     assert host.split_rows(hit, part_rows, parts, num_sms, most, least, step) == fewest
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_experts", "part_rows", "parts", "bytes_of_weight_row", "expected"),
+    [
+        (8, 256, 256, 2, 7168, 64),  # DeepSeek-V3 TP8's w13, one token: 32 tiles of 128 rows
+        (8, 32, 2048, 2, 14336, 64),  # EP8's: 256 if all experts are local, 56 as a rule
+        (8, 32, 7168, 1, 2048, 128),  # EP8's w2: 448
+        (8, 32, 2048, 2, 0, 128),  # packed
+        (16, 128, 2048, 1, 768, 128),  # Qwen3-30B's w2, two tokens: 256 short ones
+        (1024, 1, 4096, 1, 8192, 128),  # dense: 256, but not few tokens
+        (8192, 32, 2048, 2, 7168, 256),  # EP8, 8192 tokens
+    ],
+)
+def test_rows_of_a_single_gemm(host, num_rows, num_experts, part_rows, parts, bytes_of_weight_row, expected):
+    sizes = (num_rows, num_experts, part_rows, parts, bytes_of_weight_row)
+    assert host.choose_tile_rows(*sizes, NUM_SMS) == expected
+
+
 @pytest.mark.parametrize("elements", tune.ELEMENTS)
 def test_what_is_timed_is_possible_and_holds_what_is_chosen(host, elements: str) -> None:
     for facts in measured_facts(elements):

@@ -13,6 +13,7 @@
 //                                                  num_experts, hidden_size, intermediate_size, num_sms, can_gather, can_split,
 //                                                  local_share, rounds_acts)
 //   split_rows(hit, part_rows, parts, num_sms, most, least, step)  grouped_gemm/tactics_sm90.h
+//   choose_tile_rows(num_rows, num_experts, part_rows, parts, bytes_of_weight_row, num_sms)  grouped_gemm/tactics_sm90.h
 //   token_tiles(rows, most, extra)                  grouped_gemm/token_tiles_sm90.h: where each begins, and the end
 //   read_block_scaled(format, ...)               what a block-scaled grouped GEMM reads (block_scaled.cpp)
 // Arrays come and go as bytes.
@@ -208,6 +209,10 @@ std::string choose_tactic(const Facts& facts) {
   return moe::sm90::tactic_name(moe::sm90::choose_tactic(layer_facts(facts)));
 }
 
+int32_t choose_tile_rows(int64_t num_rows, int32_t num_experts, int32_t part_rows, int32_t parts, int64_t bytes_of_weight_row, int32_t num_sms) {
+  return moe::sm90::choose_tile_rows({num_rows, num_experts, part_rows, parts, bytes_of_weight_row, num_sms});
+}
+
 std::vector<int32_t> token_tiles(int32_t rows, int32_t most, int32_t extra) {
   const moe::sm90::TokenTiles tiles(rows, most, extra);
   std::vector<int32_t> begins;
@@ -238,5 +243,6 @@ PYBIND11_MODULE(_host, module) {
   module.def("possible_tactics", &possible_tactics, "facts"_a);
   module.def("token_tiles", &token_tiles, "rows"_a, "most"_a, "extra"_a);
   module.def("split_rows", &moe::sm90::split_rows, "hit"_a, "part_rows"_a, "parts"_a, "num_sms"_a, "most"_a, "least"_a, "step"_a);
+  module.def("choose_tile_rows", &choose_tile_rows, "num_rows"_a, "num_experts"_a, "part_rows"_a, "parts"_a, "bytes_of_weight_row"_a, "num_sms"_a);
   bind_block_scaled(module);
 }
