@@ -46,26 +46,24 @@ JOB_GIB = 7  # the largest CUTLASS translation unit peaks at 6.1 GiB
 
 
 def family(arch: str) -> str:
-    """The architecture family of an entry of the list: "90a" -> "sm90", "86" -> "sm80", "103a" -> "sm100"."""
-    number = int(arch.rstrip("af"))
-    families = {8: "sm80", 9: "sm90", 10: "sm100", 12: "sm120"}
-    if number < 80 or number // 10 not in families:
-        raise SystemExit(f"TORCH_MOE_CUDA_ARCH_LIST: expected entries of the families 8x, 90a, 10x, 12x, got {arch!r}")
-    return families[number // 10]
+    """The architecture family of an entry of the list: "90a" -> "sm90", "86" -> "sm80", "100f" -> "sm100"."""
+    return "sm80" if arch.startswith("8") else f"sm{arch[:-1]}"
 
 
 def parse_arch_list(text: str) -> tuple[str, ...]:
-    """ "8.0;90a;100" -> ("80", "90a", "100f"): dots are fine; 90 means 90a, 100 and 120 their family targets."""
+    """ "8.0;90a;100" -> ("80", "90a", "100f"): dots are fine; 90 means 90a, 100 and 120 their family targets.
+
+    Nothing else runs on every GPU of its family, which is what the choice of a backend and of launches goes by.
+    """
     if text.strip().lower() in ("", "none"):
         return ()
     arches = []
     for entry in re.split(r"[;,\s]+", text.strip()):
         arch = entry.lower().replace(".", "")
-        if not re.fullmatch(r"\d{2,3}[af]?", arch):
-            raise SystemExit(f"TORCH_MOE_CUDA_ARCH_LIST: expected entries like 80, 90a or 100f, got {entry!r}")
-        arches.append(arch + {"90": "a", "100": "f", "120": "f"}.get(arch, ""))
-    for arch in arches:
-        family(arch)
+        arch += {"90": "a", "100": "f", "120": "f"}.get(arch, "")
+        if not re.fullmatch(r"8\d|90a|100f|120f", arch):
+            raise SystemExit(f"TORCH_MOE_CUDA_ARCH_LIST: expected entries like 80 or 86, 90a, 100f, 120f, got {entry!r}")
+        arches.append(arch)
     return tuple(dict.fromkeys(arches))
 
 
@@ -87,10 +85,8 @@ def local_arches() -> tuple[str, ...]:
 
 
 def nvcc_minimum(arch: str) -> tuple[int, int]:
-    """The first nvcc that compiles for an entry: family targets came with 12.9, Blackwell with 12.8."""
-    if arch.endswith("f"):
-        return (12, 9)
-    return (12, 8) if int(arch.rstrip("a")) >= 100 else (12, 0)
+    """The first nvcc that compiles for an entry: family targets came with 12.9."""
+    return (12, 9) if arch.endswith("f") else (12, 0)
 
 
 def choose_arches(env: Mapping[str, str], nvcc: tuple[int, ...]) -> tuple[str, ...]:

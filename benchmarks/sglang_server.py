@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+PORTS = range(20000, 30000)  # Linux hands out 32768 to 60999, IANA's range is 49152 to 65535
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -22,6 +25,19 @@ class Answer:
     tokens: list[int]
     logprobs: list[float]
     margins: list[float]
+
+
+def free_port() -> int:
+    """One that nothing listens on, and that no system hands out by itself: until the server listens there, its own
+    ranks have opened many connections, and one of these may get any port above."""
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                pass
+    raise RuntimeError(f"something listens on each of the ports {PORTS.start} to {PORTS.stop - 1}")
 
 
 class Server:
@@ -43,11 +59,10 @@ class Server:
         patience: float = 120,
     ) -> None:
         """`start`: seconds until it must answer; `patience`: seconds that one answer may take."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
         command = ["timeout", "--signal=KILL", str(life), python, "-m", "sglang.launch_server"]
-        command += ["--model-path", model, "--port", self.url.rpartition(":")[2], *flags]
+        command += ["--model-path", model, "--port", str(port), *flags]
         self.log, self.start, self.patience = log, start, patience
         with log.open("w") as output:
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}

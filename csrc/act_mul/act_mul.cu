@@ -165,7 +165,7 @@ cudaError_t launch_act_mul(const ActMulArgs& args, bool vectorized, cudaStream_t
   const int64_t max_threads = int64_t(kThreadsPerSm) * num_sms, chunks = ceil_div(args.out.k, kChunk);
   auto grid = [&](int64_t blocks, int64_t threads) { return dim3(static_cast<unsigned>(std::min(blocks, max_threads / threads))); };
   if constexpr (kFormat == Format::int8) {
-    const int64_t threads = std::min<int64_t>(kThreads, round_up(chunks, 32));
+    const int64_t threads = std::clamp<int64_t>(round_up(chunks, 32), 32, kThreads);
     return launch(act_mul_int8_kernel<T>, grid(args.num_rows, threads), dim3(static_cast<unsigned>(threads)), 0, stream, args, vectorized);
   } else {
     constexpr int kSize = kManySize<T, kFormat>;
@@ -181,7 +181,7 @@ cudaError_t launch_act_mul(const ActMulArgs& args, bool vectorized, cudaStream_t
 }  // namespace
 
 cudaError_t act_mul(const ActMulArgs& args, cudaStream_t stream) {
-  if (args.num_rows == 0 || args.out.k == 0) return cudaSuccess;
+  if (args.num_rows == 0 || (args.out.k == 0 && args.format != Format::int8)) return cudaSuccess;
   const bool vectorized = args.out.k % kChunk == 0 && aligned_16(args.gate_up) && aligned_16(args.out.values);
   return dispatch_dtype(args.dtype, [&]<typename T>() {
     return dispatch_act_format(args.format, [&]<Format kFormat>() {

@@ -37,9 +37,9 @@ inline Tiling tile_rows(int64_t rows, int64_t chunks, int max_chunks_per_thread)
           dim3(static_cast<unsigned>(threads_x), static_cast<unsigned>(threads_y)), per_thread};
 }
 
-// One thread block a row, all threads in x: for reductions over a row.
+// One thread block a row, all threads in x: for reductions over a row, which may have no columns.
 inline Tiling tile_whole_rows(int64_t rows, int64_t chunks) {
-  const int64_t threads = std::min<int64_t>(kMaxThreads, round_up(chunks, 32));
+  const int64_t threads = std::clamp<int64_t>(round_up(chunks, 32), 32, kMaxThreads);
   return {dim3(static_cast<unsigned>(rows)), dim3(static_cast<unsigned>(threads)), 1};
 }
 

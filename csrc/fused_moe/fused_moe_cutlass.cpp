@@ -284,6 +284,7 @@ Tensor run_layer(const Text& tactic, const Tensor& hidden_states, const Tensor& 
   check_gemm("w13", grouped_gemm_sm90_why_not(gemm1));
   check_gemm("w2", grouped_gemm_sm90_why_not(gemm2));
   layer.num_rows = layer.num_tokens * layer.top_k;
+  MOE_EXPECT(layer.num_rows <= INT32_MAX, kOp, "topk_ids", "at most " << INT32_MAX << " rows", layer.num_rows);
   layer.num_experts = gemm1.num_experts;
   gemm1.a_global_scale = layer.a13_global_scale = parse_act_global_scale("a13_global_scale", a13_global_scale, layer, hidden_states);
   gemm2.a_global_scale = layer.a2_global_scale = parse_act_global_scale("a2_global_scale", a2_global_scale, layer, hidden_states);

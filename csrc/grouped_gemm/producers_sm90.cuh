@@ -102,9 +102,13 @@ __device__ void signal_acts(const KernelParams& p, const Smem<C>& smem) {
     const int32_t size = tile.size, gemm = tile.gemm, token_tile = tile.token_tile;
     if (size == 0) return;
     const TileSlot its_slot = slot;
+    const bool tells = C::kAsksForActs && threadIdx.x % kLanes == 0;
+    // Of GEMM1's tiles, for whose act nobody waits, before they are released: the slot's next tile may be GEMM2's, whose wait would take the phase
+    // before this one for its own.
+    if (tells && gemm == 0) smem.act_full[its_slot.stage()].arrive();
     release_tile(smem, slot);  // copied
-    if (C::kAsksForActs && threadIdx.x % kLanes == 0) {
-      if (gemm == 1) poll_act(p, token_tile);
+    if (tells && gemm == 1) {
+      poll_act(p, token_tile);
       smem.act_full[its_slot.stage()].arrive();
     }
     __syncwarp();

@@ -162,7 +162,7 @@ constexpr bool kCanHold = kFormat == Format::bf16   ? std::is_same_v<T, __nv_bfl
 }  // namespace
 
 cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {
-  if (args.num_tokens == 0 || args.out.k == 0 || args.top_k == 0) return cudaSuccess;
+  if (args.num_tokens == 0 || args.top_k == 0 || (args.out.k == 0 && args.format != Format::int8)) return cudaSuccess;
   const bool vectorized = args.out.k % kChunk == 0 && aligned_16(args.hidden_states) && aligned_16(args.out.values);
   return dispatch_dtype(args.dtype, [&]<typename T>() {
     return dispatch_act_format(args.format, [&]<Format kFormat>() {

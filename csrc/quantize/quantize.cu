@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_int8_kernel(QuantizeArgs
 
 cudaError_t quantize(const QuantizeArgs& args, cudaStream_t stream) {
   const int64_t chunks = ceil_div(args.out.k, kChunk);
-  if (args.rows == 0 || chunks == 0) return cudaSuccess;
+  if (args.rows == 0 || (chunks == 0 && args.format != Format::int8)) return cudaSuccess;
   const bool vectorized = args.out.k % kChunk == 0 && aligned_16(args.input) && aligned_16(args.out.values);
   return dispatch_dtype(args.dtype, [&]<typename T>() {
     return dispatch_format(args.format, [&]<Format kFormat>() {

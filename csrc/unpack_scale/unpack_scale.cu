@@ -22,6 +22,7 @@ bool fits(const Tensor& packed, const ScaleArgs& args, int64_t lead) {
 Tensor unpack_scale_cuda(const Tensor& packed, const Text& layout, int64_t rows, int64_t columns,
                          ScalarType dtype, const std::optional<Tensor>& expert_offsets) {
   constexpr const char* kOp = "unpack_scale";
+  MOE_EXPECT(packed.is_cuda(), kOp, "packed", "a tensor on a GPU", describe(packed));
   const bool is_atom = parse_scale_layout(kOp, layout) == ScaleLayout::atom;
   const int64_t lead = packed.dim() - (is_atom ? 5 : 2);
   MOE_EXPECT(lead == 0 || lead == 1, kOp, "packed", "what pack_scale returns for this layout", describe(packed));
@@ -33,6 +34,8 @@ Tensor unpack_scale_cuda(const Tensor& packed, const Text& layout, int64_t rows,
   ScaleArgs args = scale_args(kOp, scale, layout, expert_offsets);
   MOE_EXPECT(fits(packed, args, lead), kOp, "packed",
              "what pack_scale returns for " << rows << " rows and " << columns << " columns", describe(packed));
+  MOE_EXPECT(reinterpret_cast<uintptr_t>(packed.data_ptr()) % sizeof(uint32_t) == 0, kOp, "packed", "a start at a multiple of 4 bytes",
+             describe(packed));
   args.packed = pointer<uint32_t>(packed);
   args.stride_word = is_atom ? 0 : packed.stride(lead + 1);
   if (lead == 1) args.packed_matrix = packed.stride(0) / (is_atom ? kWordColumns : 1);

@@ -358,7 +358,7 @@ ACTIVATIONS = [
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("changes, activation", ACTIVATIONS, ids=lambda value: str(value) if value != {} else "silu")
+@pytest.mark.parametrize("changes, activation", ACTIVATIONS, ids=[str(changes or "silu") for changes, _ in ACTIVATIONS])
 def test_a_layer_computes_what_sglang_defines(changes, activation, bias) -> None:
     config = make_config(**changes)
     layer, dispatched = make_layer(parts=2 if config.is_gated else 1, bias=bias), make_dispatched()

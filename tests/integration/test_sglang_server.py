@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 from sglang_environment import FLAGS, environment, make_environment, make_model
 from sglang_server import GARBAGE, Answer, Server
 
@@ -42,9 +43,16 @@ BF16, FP8, NVFP4 = Tolerance(0.1, 0.75), Tolerance(0.3, 0.5), Tolerance(0.8, 0.2
 
 
 @pytest.fixture(scope="session")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    given = os.environ.get("SGLANG_PYTHON")
-    return Path(given) if given else make_environment(tmp_path_factory.mktemp("sglang") / "environment")
+def python(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    if given := os.environ.get("SGLANG_PYTHON"):
+        return Path(given)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "sglang"  # the workers' bases lie in one folder
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "complete").exists():
+            make_environment(folder)
+            (folder / "complete").touch()
+    return folder / "bin/python"
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +79,11 @@ def answers(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return ask
 
 
+def of_family(*cases: tuple[object, ...]) -> list:
+    """Cases that start with a family. One worker of pytest-xdist runs all of a family, and starts each server once."""
+    return [pytest.param(*case, marks=pytest.mark.xdist_group(str(case[0]))) for case in cases]
+
+
 def expect_same(actual: list[Answer], expected: list[Answer], tolerance: Tolerance) -> None:
     """Answers are compared up to their first difference."""
     agreed, rerouted = 0, []
@@ -84,7 +97,7 @@ def expect_same(actual: list[Answer], expected: list[Answer], tolerance: Toleran
     assert agreed >= tolerance.agree * NEW_TOKENS * len(expected), (agreed, actual, expected)
 
 
-@pytest.mark.parametrize("family", ["qwen3moe", "glm4"])
+@pytest.mark.parametrize("family", of_family(("qwen3moe",), ("glm4",)))
 def test_bf16_tokens_are_those_of_sglangs_own_experts(family, model, answers) -> None:
     checkpoint = model(family, "bf16")
     expect_same(answers(checkpoint, *OURS), answers(checkpoint), BF16)
@@ -92,12 +105,12 @@ def test_bf16_tokens_are_those_of_sglangs_own_experts(family, model, answers) ->
 
 @pytest.mark.parametrize(
     "family, checkpoint, tolerance",
-    [
+    of_family(
         ("qwen3moe", "fp8_block", FP8),
         ("glm4", "fp8_block", FP8),
         ("glm4", "nvfp4", NVFP4),
         ("qwen3moe", "ct_mxfp4", BF16),  # only the weights are MXFP4
-    ],
+    ),
 )
 def test_quantised_tokens_are_those_of_the_dequantised_weights(family, checkpoint, tolerance, model, answers) -> None:
     """On a CPU SGLang has no quantised experts of its own."""
@@ -108,6 +121,7 @@ def test_quantised_tokens_are_those_of_the_dequantised_weights(family, checkpoin
 GPT_OSS = ("--attention-backend", "intel_amx", "--disable-cuda-graph")  # SGLang's native one, under a name it accepts
 
 
+@pytest.mark.xdist_group("gptoss")
 def test_gpt_oss_tokens_are_those_of_sglangs_own_experts(model, answers) -> None:
     """Biases, interleaved gate and up, and the clamped activation; with MXFP4, only the weights are rounded."""
     dequantised = model("gptoss", "mxfp4", "--dequantised")
@@ -116,6 +130,7 @@ def test_gpt_oss_tokens_are_those_of_sglangs_own_experts(model, answers) -> None
     expect_same(answers(model("gptoss", "mxfp4"), *OURS, *GPT_OSS), expected, BF16)
 
 
+@pytest.mark.xdist_group("qwen3moe")
 @pytest.mark.parametrize("checkpoint, tolerance", [("ct_int8", BF16), ("fp8_tensor", FP8), ("modelopt_fp8", FP8)])
 def test_eight_bits_are_close_to_the_original(checkpoint, tolerance, model, answers) -> None:
     """INT8 with a scale per token and channel keeps 7 bits, as bf16 does."""
@@ -126,6 +141,7 @@ def test_eight_bits_are_close_to_the_original(checkpoint, tolerance, model, answ
 EP2 = ("--tp", "2", "--ep", "2")
 
 
+@pytest.mark.xdist_group("glm4")
 @pytest.mark.parametrize(
     "checkpoint, tolerance, ranks",
     [
@@ -143,6 +159,7 @@ def test_ranks_share_the_experts(checkpoint, tolerance, ranks, model, answers) -
 COMPILE = ("--enable-torch-compile", "--torch-compile-max-bs", "1", "--max-running-requests", "1")
 
 
+@pytest.mark.xdist_group("qwen3moe")
 def test_compiled_models_hold_the_same_experts(python, model, answers, tmp_path) -> None:
     """SGLang compiles the model for decoding. Its graphs break in the attention, not in our part; Inductor rounds what
     it fuses around the experts less often."""

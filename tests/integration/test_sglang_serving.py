@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang_server import Answer
+from sglang_server import Answer, free_port
 
 import torch_moe_ops as moe
 
+RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -43,6 +44,13 @@ def test_prompts_are_the_same_every_time_and_of_the_lengths_asked_for(serving) -
     assert prompts == serving.make_prompts(50, (1, 9), seed=3) != serving.make_prompts(50, (1, 9), seed=4)
     assert {len(prompt) for prompt in prompts} == set(range(1, 10))
     assert all(len(prompt) == 7 for prompt in serving.make_prompts(3, 7, seed=0))
+
+
+@pytest.mark.skipif(not RANGE.exists(), reason="only Linux says which ports it hands out")
+def test_a_servers_port_is_none_that_the_system_hands_out() -> None:
+    """Among those, a connection of the server's own ranks once had it before the server listened there."""
+    low, high = map(int, RANGE.read_text().split())
+    assert not [port for port in (free_port() for _ in range(100)) if low <= port <= high]
 
 
 class FakeServer:
