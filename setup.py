@@ -62,7 +62,7 @@ def parse_arch_list(text: str) -> tuple[str, ...]:
         arch = entry.lower().replace(".", "")
         arch += {"90": "a", "100": "f", "120": "f"}.get(arch, "")
         if not re.fullmatch(r"8\d|90a|100f|120f", arch):
-            raise SystemExit(f"TORCH_MOE_CUDA_ARCH_LIST: expected entries like 80 or 86, 90a, 100f, 120f, got {entry!r}")
+            raise SystemExit(f"TORCH_MOE_CUDA_ARCH_LIST: expected entries like 86, 90a, 100f or 120f, got {entry!r}")
         arches.append(arch)
     return tuple(dict.fromkeys(arches))
 
