@@ -104,13 +104,10 @@ def choose_arches(env: Mapping[str, str], nvcc: tuple[int, ...]) -> tuple[str, .
 
 def gencode_flags(arches: Iterable[str]) -> list[str]:
     """Machine code for each entry, and PTX next to the oldest 8x one: that runs (driver JIT) on every later GPU."""
-    flags, ptx = [], True
-    for arch in arches:
-        codes = f"sm_{arch}"
-        if ptx and family(arch) == "sm80":
-            codes, ptx = f"[compute_{arch},{codes}]", False
-        flags.append(f"-gencode=arch=compute_{arch},code={codes}")
-    return flags
+    arches = list(arches)
+    oldest = min((arch for arch in arches if family(arch) == "sm80"), default=None)
+    codes = {arch: f"[compute_{arch},sm_{arch}]" if arch == oldest else f"sm_{arch}" for arch in arches}
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes.items()]
 
 
 def source_arches(source: Path, arches: Iterable[str]) -> list[str]:
@@ -237,9 +234,11 @@ def make_plan(env: Mapping[str, str] = os.environ, places: Iterable[Path] | None
         return Plan(why_no_library="no C++ compiler was found")
     if not (nvcc := find_nvcc(env)):
         return Plan(why_no_library="no nvcc was found")
-    if not (arches := choose_arches(env, nvcc_version(nvcc))):
+    version = nvcc_version(nvcc)
+    if not (arches := choose_arches(env, version)):
+        too_old = f"nvcc {'.'.join(map(str, version))} is too old for {', '.join(local_arches() or DEFAULT_ARCHES)}"
         empty = "TORCH_MOE_CUDA_ARCH_LIST" in env
-        return Plan(why_no_library="TORCH_MOE_CUDA_ARCH_LIST is empty" if empty else "nvcc is older than 12.0")
+        return Plan(why_no_library="TORCH_MOE_CUDA_ARCH_LIST is empty" if empty else too_old)
     headers = find_torch(env, places), find_cutlass(env, places), find_pybind(places)
     return Plan(arches, None, nvcc, cxx, *headers)
 

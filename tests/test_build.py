@@ -111,9 +111,9 @@ def test_a_file_named_after_a_family_is_compiled_for_that_family_only() -> None:
 
 
 def test_gencode_flags_add_ptx_once_for_the_oldest_family() -> None:
-    assert setup.gencode_flags(["80", "86", "90a"]) == [
-        "-gencode=arch=compute_80,code=[compute_80,sm_80]",
+    assert setup.gencode_flags(["86", "80", "90a"]) == [
         "-gencode=arch=compute_86,code=sm_86",
+        "-gencode=arch=compute_80,code=[compute_80,sm_80]",
         "-gencode=arch=compute_90a,code=sm_90a",
     ]
     assert setup.gencode_flags(["100f"]) == ["-gencode=arch=compute_100f,code=sm_100f"]
@@ -165,6 +165,13 @@ def test_missing_tools_mean_no_library_and_no_requirement(tmp_path: Path, monkey
 def test_an_empty_arch_list_means_no_library(tmp_path: Path) -> None:
     plan = setup.make_plan(make_tools(tmp_path) | {"TORCH_MOE_CUDA_ARCH_LIST": ""}, [])
     assert (plan.arches, plan.missing, plan.why_no_library) == ((), [], "TORCH_MOE_CUDA_ARCH_LIST is empty")
+
+
+def test_an_nvcc_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "local_arches", lambda: ("100f",))
+    monkeypatch.setattr(setup, "nvcc_version", lambda nvcc: (12, 4, 131))
+    plan = setup.make_plan(make_tools(tmp_path), [])
+    assert (plan.arches, plan.missing, plan.why_no_library) == ((), [], "nvcc 12.4.131 is too old for 100f")
 
 
 def test_only_headers_that_are_absent_are_asked_of_pip(tmp_path: Path) -> None:

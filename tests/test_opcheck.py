@@ -112,7 +112,21 @@ def test_strides_of_fake_and_real_results(device: str, format: str) -> None:
             "act_mul": Call(x, offsets * 0, format=format),
         }
         for op, call in calls.items():
-            overload = getattr(torch.ops.moe, op).default
-            for real, fake in zip(call.to(device)(overload), call.to("meta")(overload), strict=True):
-                expected = (fake.shape, fake.stride(), fake.dtype)
-                assert (real.shape, real.stride(), real.dtype) == expected, (op, rows)
+            expect_metadata_of_fake(op, call, device)
+
+
+def test_strides_of_fake_and_real_routing_and_scales(device: str) -> None:
+    for rows in (0, 1, 2):
+        expect_metadata_of_fake("topk", Call(torch.randn(rows, 16), 3), device)
+        for layout in ("words", "atom"):
+            packed = moe.pack_scale(torch.zeros(rows, 5).byte(), layout)
+            expect_metadata_of_fake("unpack_scale", Call(packed, layout, rows, 5, torch.uint8), device)
+
+
+def expect_metadata_of_fake(op: str, call: Call, device: str) -> None:
+    overload = getattr(torch.ops.moe, op).default
+    results = (call.to(place)(overload) for place in (device, "meta"))
+    as_tuples = (result if isinstance(result, tuple) else (result,) for result in results)
+    for real, fake in zip(*as_tuples, strict=True):
+        expected = (fake.shape, fake.stride(), fake.dtype)
+        assert (real.shape, real.stride(), real.dtype) == expected, (op, call.args[1:], real.shape)

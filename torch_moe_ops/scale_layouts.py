@@ -102,7 +102,7 @@ def unpack(
     data = _fresh(words.unsqueeze(-1)).view(torch.uint8).flatten(-2)
     if expert_offsets is not None:
         data = data[_place_of_rows(expert_offsets, rows)]
-    return data[..., :rows, :columns].contiguous().view(dtype)
+    return _fresh(data[..., :rows, :columns]).view(dtype)
 
 
 def _fresh(x: Tensor) -> Tensor:

@@ -383,12 +383,28 @@ def test_arguments_are_checked_in_inference_mode():
     x, rows = torch.zeros(4, 64, device="cuda", dtype=torch.bfloat16), torch.zeros(4, 128, device="cuda")
     one, none = (torch.zeros(n, device="cuda", dtype=torch.int32) for n in (1, 0))
     words = torch.zeros(1, 1, device="cuda", dtype=torch.int32).expand(4, 2)
+    atoms = torch.zeros(513, device="cuda").byte()[1:].view(1, 1, 32, 4, 4)  # at an odd address
+    offsets = torch.tensor([0, 128], device="cuda").int()
     for op, message in (
         (lambda: ops.quantize.cuda(x, "nvfp4", global_scale=torch.tensor(0.5)), "quantize: global_scale"),
         (lambda: ops.act_mul.cuda(rows, one), "act_mul: expert_offsets"),
         (lambda: ops.act_mul.cuda(rows, none), "act_mul: expert_offsets"),
         (lambda: ops.unpack_scale.cuda(words, "words", 4, 8, torch.uint8), "unpack_scale: packed"),
         (lambda: ops.unpack_scale.cuda(words.contiguous(), "words", 4, 8, torch.float32), "unpack_scale: dtype"),
+        (lambda: ops.unpack_scale.cuda(atoms, "atom", 128, 4, torch.uint8), "unpack_scale: packed"),
+        (
+            lambda: ops.unpack_scale.cuda(atoms.cpu(), "atom", 128, 4, torch.uint8, expert_offsets=offsets),
+            "unpack_scale: packed",
+        ),
     ):
         with torch.inference_mode(), pytest.raises(RuntimeError, match=rf"^{message}: expected [^\n]*, got [^\n]*$"):
             op()
+
+
+def test_int8_scales_of_rows_without_columns():
+    x, offsets = torch.empty((4, 0), dtype=torch.bfloat16, device="cuda"), torch.tensor([0, 4]).int().cuda()
+    rows = torch.arange(4, device="cuda").int().view(4, 1)
+    for op, args in ((ops.quantize, (x,)), (ops.permute, (x, rows, 4)), (ops.act_mul, (x, offsets))):
+        dirty = torch.full((4096,), math.nan, device="cuda")
+        del dirty  # the allocator hands the same memory out again
+        assert torch.equal(op.cuda(*args, format="int8")[1], op.reference(*args, format="int8")[1])

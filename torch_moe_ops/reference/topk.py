@@ -34,7 +34,7 @@ def topk(
     weights = scores.gather(-1, ids)
     if renormalize:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return weights * routed_scaling_factor, ids.to(torch.int32)
+    return weights * routed_scaling_factor, ids.to(torch.int32, memory_format=torch.contiguous_format)
 
 
 def _eligible(choice: Tensor, num_groups: int, topk_groups: int) -> Tensor:
