@@ -49,6 +49,7 @@ def load_experts(
 
     Raises:
         RuntimeError: ``load_experts: tensor: expected ..., got ...``
+        ModuleNotFoundError: without the package safetensors (``pip install '.[checkpoints]'``).
 
     Knows ModelOpt NVFP4, compressed-tensors NVFP4, MXFP4, FP8 128x128 and INT8, DeepSeek FP8 and MXFP4, MXFP8, gpt-oss
     MXFP4, bfloat16 and float16. Each is recognised by the names, dtypes and shapes of its tensors.
