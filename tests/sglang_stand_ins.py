@@ -59,7 +59,6 @@ def make_layer(dtype: torch.dtype = torch.bfloat16, *, parts: int = 2, bias: boo
     if bias:
         layer.w13_weight_bias = torch.randn(E, parts * I, generator=random)
         layer.w2_weight_bias = torch.randn(E, H, generator=random)
-    layer.should_fuse_routed_scaling_factor_in_topk = False
     return layer
 
 

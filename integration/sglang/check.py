@@ -19,7 +19,7 @@ import torch
 from torch_moe_ops.backends import explain_choices
 from torch_moe_ops.cli._arguments import positive
 
-from .support import act_formats, supported
+from .support import OWN_EXPERTS, act_formats, own_experts, supported
 
 # What the configurations of different models call the same thing, the name to prefer first.
 NAMES = {
@@ -47,21 +47,23 @@ def read_config(config: dict, tp: int = 1, ep: int = 1, dtype: str = "auto") -> 
 
     SGLang's --tp counts all ranks and --ep divides them: tp / ep ranks share an expert.
     """
-    config = text_config(config)
+    text = text_config(config)
+    for model in OWN_EXPERTS.intersection(config.get("architectures") or ()):
+        raise ValueError(f"expected {supported()}, got {own_experts(model)}")
     found = {}
     for name, aliases in NAMES.items():
-        alias = next((alias for alias in aliases if config.get(alias)), None)
+        alias = next((alias for alias in aliases if text.get(alias)), None)
         if alias is None:
             raise ValueError(f"config.json has no {' or '.join(aliases)}: this is no model with experts that we know")
-        if type(config[alias]) is not int or config[alias] < 1:
-            raise ValueError(f"config.json: {alias}: expected a positive whole number, got {config[alias]!r}")
-        found[name] = config[alias]
+        if type(text[alias]) is not int or text[alias] < 1:
+            raise ValueError(f"config.json: {alias}: expected a positive whole number, got {text[alias]!r}")
+        found[name] = text[alias]
     if tp % ep or found["num_experts"] % ep or found["intermediate_size"] % (tp // ep):
         raise ValueError(f"--tp {tp} --ep {ep} does not divide {found}")
     found["num_experts"] //= ep
     found["intermediate_size"] //= tp // ep
-    experts = ExpertsOfRank(format=read_format(config, dtype), **found)
-    if experts.format == "fp8_block" and has_blocks(config) and experts.intermediate_size % 128:
+    experts = ExpertsOfRank(format=read_format(text, dtype), **found)
+    if experts.format == "fp8_block" and has_blocks(text) and experts.intermediate_size % 128:
         hint = f": use --ep {tp}" if tp > ep else ""
         raise ValueError(f"128x128 blocks do not fit {experts.intermediate_size} columns on a rank{hint}")
     return experts

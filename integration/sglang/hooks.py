@@ -2,6 +2,7 @@
 
     create_moe_runner of every class in METHODS     gives the layer to layer.LayerRunner
     FusedMoE.__init__                               refuses a layer that was not given
+    model_loader.loader._initialize_model           refuses a model whose experts are no such layers
     ModelOptNvFp4FusedMoEMethod.__init__, CompressedTensorsW4A4Nvfp4MoE.__init__,
     CompressedTensorsConfig.get_quant_method        accept what SGLang has no kernel for on this device, but we do
 
@@ -14,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pkgutil import resolve_name
 
+from torch import nn
+
 from .layer import LayerRunner
 from .methods import METHODS
-from .support import NAME, Unsupported
+from .support import NAME, OWN_EXPERTS, Unsupported, own_experts
 
 QUANTISATION = "sglang.srt.layers.quantization"
 COMPRESSED = f"{QUANTISATION}.compressed_tensors"
@@ -50,6 +53,7 @@ def register_hooks() -> None:
     methods = (f"{QUANTISATION}.{module}:{name}" for name, (module, _) in METHODS.items())
     hooks = {f"{method}.create_moe_runner": create_moe_runner for method in methods}
     hooks[f"{LAYER}.__init__"] = build_layer
+    hooks["sglang.srt.model_loader.loader:_initialize_model"] = build_model
     hooks[f"{QUANTISATION}.modelopt_quant:ModelOptNvFp4FusedMoEMethod.__init__"] = init_nvfp4
     hooks[f"{COMPRESSED}.schemes.compressed_tensors_w4a4_nvfp4_moe:CompressedTensorsW4A4Nvfp4MoE.__init__"] = init_nvfp4
     hooks[f"{COMPRESSED}.compressed_tensors:CompressedTensorsConfig.get_quant_method"] = get_quant_method
@@ -108,11 +112,26 @@ def build_layer(original: Callable, layer: object, *args: object, **options: obj
         raise
     if not is_chosen():
         return
-    runner = getattr(layer.quant_method, "runner", None)
-    if not isinstance(runner, LayerRunner):
+    if not is_taken_over(layer):
         raise Unsupported(f"experts under {type(layer.quant_method).__name__}")
-    if not runner.on_gpu:  # there the model applies the factor, also where TopK has (NVFP4)
-        layer.should_fuse_routed_scaling_factor_in_topk = False
+    layer.should_fuse_routed_scaling_factor_in_topk = False  # not all models tell TopK, so the runner applies it
+
+
+def build_model(original: Callable, *args: object, **options: object) -> nn.Module:
+    """A model, and an error where it routes tokens to experts that are not ours."""
+    from sglang.srt.layers.moe.topk import TopK
+
+    model = original(*args, **options)
+    if is_chosen():
+        name, modules = type(model).__name__, list(model.modules())
+        routes = any(isinstance(module, TopK) for module in modules)
+        if name in OWN_EXPERTS or (routes and not any(map(is_taken_over, modules))):
+            raise Unsupported(own_experts(name))
+    return model
+
+
+def is_taken_over(layer: nn.Module) -> bool:
+    return isinstance(getattr(getattr(layer, "quant_method", None), "runner", None), LayerRunner)
 
 
 def is_chosen() -> bool:
@@ -132,3 +151,5 @@ def refuse_server_settings() -> None:
     args = get_server_args()
     if getattr(args, "enable_lora", None) or getattr(args, "lora_paths", None):
         raise Unsupported("LoRA adapters")
+    if getattr(args, "kt_weight_path", None):
+        raise Unsupported("--kt-weight-path")

@@ -26,6 +26,7 @@ from .support import (
     Unsupported,
     activation_options,
     routed_scaling_factor,
+    routed_tokens,
     router_weight_options,
     scales_are_shared_by_rows,
 )
@@ -34,6 +35,7 @@ logger = logging.getLogger("sglang.srt.torch_moe_ops")  # below "sglang", whose 
 
 
 EXPERT_MAP = "torch_moe_expert_map"  # a buffer of the layer
+NO_UPDATES = "_derived_weight_cache_error"  # SGLang's name (> 0.5.17): why it shall refuse to update a module's weights
 
 
 class LayerRunner:
@@ -43,14 +45,18 @@ class LayerRunner:
         """`backend` is SGLang's record of the flag's value, `combine` its StandardCombineInput. The layer's weights
         exist already, but hold nothing yet."""
         self.stored = stored(method, layer)
-        self.options = {**activation_options(config), **router_weight_options(config)}
-        if self.options.get("w13_layout") == "interleaved" and scales_are_shared_by_rows(self.stored.format):
-            raise Unsupported(f"{FORMAT_WORDS[self.stored.format]} experts with gate and up interleaved row by row")
         self.config = config
-        self.explanation = choose_backend(self.stored, layer, self.options["activation"], config.top_k)
-        self.options |= {"format": self.stored.format, "act_format": self.explanation.problem.act_format}
         self.runner_backend = backend
         self.combine = combine
+        self.configure(layer)
+
+    def configure(self, layer: torch.nn.Module) -> None:
+        """From the configuration as it is now: some models change it once the layer is built (GigaChat 3.5)."""
+        self.options = {**activation_options(self.config), **router_weight_options(self.config)}
+        if self.options.get("w13_layout") == "interleaved" and scales_are_shared_by_rows(self.stored.format):
+            raise Unsupported(f"{FORMAT_WORDS[self.stored.format]} experts with gate and up interleaved row by row")
+        self.explanation = choose_backend(self.stored, layer, self.options["activation"], self.config.top_k)
+        self.options |= {"format": self.stored.format, "act_format": self.explanation.problem.act_format}
 
     @property
     def on_gpu(self) -> bool:
@@ -72,7 +78,10 @@ class LayerRunner:
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """What moe::fused_moe would refuse at the first request is refused here."""
+        if getattr(layer, NO_UPDATES, None) is not None:  # packed already, and refused every update since
+            return
         self.stored.prepare(layer)
+        self.configure(layer)
         acts = self.explanation.problem.act_format or self.stored.format
         scales = [getattr(layer, f"a{gemm}_global_scale", None) for gemm in (13, 2)]
         if acts == "nvfp4" and all(scale is None or bool((scale == 1).all()) for scale in scales):
@@ -102,19 +111,16 @@ class LayerRunner:
             for attribute in (scale, f"{name}_weight_packed"):  # under either name, so that the memory goes
                 if hasattr(layer, attribute):
                     setattr(layer, attribute, None)
+        setattr(layer, NO_UPDATES, "torch_moe_ops: weights that were packed for the kernels cannot be updated.")
 
     def apply(self, layer: torch.nn.Module, dispatch_output: object) -> object:
         hidden_states, topk_output = dispatch_output.hidden_states, dispatch_output.topk_output
         if hidden_states.dtype not in DTYPE_FORMATS:
             raise Unsupported(f"hidden states in {hidden_states.dtype}")
-        routed = (topk_output.topk_weights.float(), topk_output.topk_ids.int())
+        routed = routed_tokens(topk_output)
         if self.config.no_combine:
             return self.combine(hidden_states=self._one_output_per_slot(layer, hidden_states, *routed))
-        factor = routed_scaling_factor(
-            self.config,
-            on_gpu=self.on_gpu,
-            in_topk=layer.should_fuse_routed_scaling_factor_in_topk,
-        )
+        factor = routed_scaling_factor(self.config, on_gpu=self.on_gpu)
         return self.combine(hidden_states=self._fused_moe(layer, hidden_states, *routed, routed_scaling_factor=factor))
 
     def _fused_moe(self, layer: torch.nn.Module, hidden_states: Tensor, *routed: Tensor, **options: object) -> Tensor:

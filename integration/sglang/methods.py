@@ -93,6 +93,8 @@ def int8(method: object, layer: nn.Module) -> Stored:
 
 def mxfp4(method: object, layer: nn.Module) -> Stored:
     size, stored = layer.intermediate_size_per_partition, layer.w2_weight.shape[2] * 2
+    if stored % 32:  # then SGLang's loader hands out other sizes than it has made room for
+        raise Unsupported(f"MXFP4 experts of {stored} columns on a rank, no multiple of 32")
     if stored != size and not interleaved(layer.moe_runner_config):
         raise Unsupported(f"MXFP4 experts of {size} columns, which SGLang stores as {stored} for gate and up alike")
     return Stored("mxfp4", SCALES, act_formats("mxfp4", hidden_format(layer)))
@@ -108,7 +110,7 @@ def nvfp4(method: object, layer: nn.Module) -> Stored:
         """One scale for all experts, also those of other ranks: the result does not depend on who computes it."""
         for name in ("13", "2"):
             scale = getattr(layer, f"w{name}_input_scale").max().float().reshape(1)
-            replace_buffer(layer, f"a{name}_global_scale", scale)
+            replace_buffer(layer, f"a{name}_global_scale", scale, persistent=True)
 
     return Stored("nvfp4", NVFP4_SCALES, (hidden,) if only_weights else act_formats("nvfp4", hidden), prepare)
 
@@ -138,7 +140,8 @@ def invert_global_scales(layer: nn.Module) -> None:
         layer.register_parameter(f"w{name}_weight", getattr(layer, f"w{name}_weight_packed"))
         replace_parameter(layer, f"w{name}_weight_scale_2", 1 / getattr(layer, f"w{name}_weight_global_scale").float())
         if (act_scale := getattr(layer, f"w{name}_input_global_scale", None)) is not None:
-            replace_buffer(layer, f"a{name}_global_scale", 1 / act_scale.min().float().reshape(1))
+            scale = 1 / act_scale.min().float().reshape(1)
+            replace_buffer(layer, f"a{name}_global_scale", scale, persistent=True)
 
 
 def replace_parameter(layer: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -150,10 +153,13 @@ def replace_parameter(layer: nn.Module, name: str, value: torch.Tensor) -> None:
         setattr(layer, name, parameter)
 
 
-def replace_buffer(layer: nn.Module, name: str, value: torch.Tensor) -> None:
-    """The same for what is the same for all experts. SGLang keeps and restores buffers when it gives memory back."""
+def replace_buffer(layer: nn.Module, name: str, value: torch.Tensor, *, persistent: bool = False) -> None:
+    """The same for what is the same for all experts. SGLang keeps and restores buffers when it gives memory back.
+
+    `persistent` if it is made of weights: sharded states are loaded over a layer that was prepared before.
+    """
     if not overwrite(getattr(layer, name, None), value):
-        layer.register_buffer(name, value, persistent=False)
+        layer.register_buffer(name, value, persistent=persistent)
 
 
 def overwrite(old: torch.Tensor | None, value: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ SGLang's objects are read by attribute, with the default of the versions that la
     device                       -> the sentence that says what is supported there
     MoeRunnerConfig              -> activation, alpha, beta, limit, w13_layout
     MoeRunnerConfig, device      -> routed_scaling_factor
+    TopK's output                -> topk_weights, topk_ids
 """
 
 from __future__ import annotations
@@ -31,6 +32,15 @@ DTYPE_FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 GATED_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_tanh"}
 OTHER_ACTIVATIONS = {"silu": "silu_no_mul", "gelu": "gelu_no_mul", "relu2": "relu2_no_mul"}
 
+# Models whose code calls SGLang's kernels itself, or routes (Inkling) in a form that only these read.
+OWN_EXPERTS = {
+    "AfmoeForCausalLM",
+    "DbrxForCausalLM",
+    "DeepseekForCausalLM",
+    "InklingForConditionalGeneration",
+    "InklingForConditionalGenerationMTP",
+    "XverseMoeForCausalLM",
+}
 
 # What may multiply the weights of a format, the best first: "" is the format itself, "bf16" the dtype of the hidden
 # states. MXFP4 models are made for 16-bit or MXFP8 activations.
@@ -52,6 +62,11 @@ def supported(device: torch.device | str | None = None) -> str:
         f"a model with experts in {', '.join(formats)}, served with tensor or expert parallelism, "
         "--moe-a2a-backend none, no LoRA and no single-batch overlap"
     )
+
+
+def own_experts(model: str) -> str:
+    """Of a model's class: what the refusal says came."""
+    return f"{model}, whose code is made for SGLang's own experts"
 
 
 class Unsupported(ValueError):
@@ -100,16 +115,19 @@ def scales_are_shared_by_rows(format: str) -> bool:
 def router_weight_options(config: object) -> dict[str, object]:
     """Where the router's weights are applied."""
     on_input = bool(config.apply_router_weight_on_input)
-    if on_input and config.top_k != 1:
+    if on_input and config.top_k not in (1, None):  # None, as in Llama 4: moe::fused_moe looks at the ids
         raise Unsupported(f"apply_router_weight_on_input with top_k {config.top_k}")
     return {"apply_router_weight_on_input": on_input}
 
 
-def routed_scaling_factor(config: object, *, on_gpu: bool, in_topk: bool) -> float:
-    """The factor that is left for moe::fused_moe, so that it is applied once.
-
-    On a GPU SGLang's models leave it to the runner unless TopK has applied it (`in_topk`:
-    layer.should_fuse_routed_scaling_factor_in_topk); elsewhere they multiply themselves.
-    """
+def routed_scaling_factor(config: object, *, on_gpu: bool) -> float:
+    """The factor that is left for moe::fused_moe: on a GPU SGLang's models leave it to the runner, elsewhere not."""
     factor = config.routed_scaling_factor
-    return 1.0 if factor is None or in_topk or not on_gpu else float(factor)
+    return 1.0 if factor is None or not on_gpu else float(factor)
+
+
+def routed_tokens(topk_output: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """SGLang has other forms for its own backends: the router's logits, weights and ids packed into one tensor."""
+    if not hasattr(topk_output, "topk_ids"):
+        raise Unsupported(f"a router that gives {type(topk_output).__name__}")
+    return topk_output.topk_weights.float(), topk_output.topk_ids.int()

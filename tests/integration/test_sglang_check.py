@@ -42,6 +42,16 @@ def test_check_reads_the_experts_of_a_rank() -> None:
         (QWEN | FP8_CONFIG, {"tp": 4}, "128x128 blocks do not fit 64 columns on a rank: use --ep 4"),
         (QWEN | {"quantization_config": {"quant_method": "gptq"}}, {}, "got quant_method gptq"),
         (QWEN | {"torch_dtype": "float32"}, {}, "got float32"),
+        (
+            {"architectures": ["AfmoeForCausalLM"]},
+            {},
+            "got AfmoeForCausalLM, whose code is made for SGLang's own experts",
+        ),
+        (
+            {"architectures": ["DbrxForCausalLM"], "text_config": {"architectures": ["Text"]}},
+            {},
+            "got DbrxForCausalLM, ",
+        ),
     ],
 )
 def test_check_says_why_not(config, ranks, sentence) -> None:

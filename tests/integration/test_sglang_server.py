@@ -218,7 +218,6 @@ from torch_moe_ops.integration.sglang.layer import LayerRunner
 
 layer, method = torch.nn.Module(), UnquantizedFusedMoEMethod(use_triton_kernels=False)
 layer.w13_weight, layer.w2_weight = torch.randn(4, 128, 64).bfloat16(), torch.randn(4, 64, 64).bfloat16()
-layer.should_fuse_routed_scaling_factor_in_topk = False
 config = MoeRunnerConfig(num_experts=4, top_k=2, params_dtype=torch.bfloat16)
 LayerRunner(method, layer, config, SimpleNamespace(value="torch_moe"), StandardCombineInput).take_over(method)
 
