@@ -76,6 +76,8 @@ def _check_sizes(op: str, weights: Format, acts: Format, hidden_states: Tensor, 
     """(E, I), which w2 [E, H, I/pack] states; both GEMMs' K must fill whole stored elements."""
     dims, device = ("E", "H", "I"), hidden_states.device
     num_experts, _, intermediate_size = expect_weight(op, "w2", weights, acts, w2, dims, device)
+    if num_experts == 0:
+        refuse(op, "w2", "at least one expert", list(w2.shape))
     for fmt in (weights, acts):
         check_pack(op, "hidden_states", fmt, hidden_states, hidden_states.shape[1])
         check_pack(op, "w2", fmt, w2, intermediate_size)

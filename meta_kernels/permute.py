@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..formats import get_format
-from ._check import BF16_FP16, FLOAT32, INT32, expect_range, expect_sizes, expect_tensor
+from ._check import BF16_FP16, FLOAT32, INT32, expect_offsets, expect_range, expect_sizes, expect_tensor
 from ._sizes import empty_act_scale, empty_values
 from .quantize import check_global_scale, check_pack, check_unquantised
 
@@ -30,7 +30,7 @@ def check(
     check_pack("permute", "hidden_states", fmt, hidden_states, hidden_size)
     num_experts = None
     if expert_offsets is not None:
-        num_experts = expect_sizes("permute", "expert_offsets", expert_offsets, INT32, ("E + 1",), device)[0] - 1
+        num_experts = expect_offsets("permute", expert_offsets, device)
     check_global_scale("permute", "global_scale", fmt, global_scale, num_experts, device)
     if topk_weights is not None:
         expect_tensor("permute", "topk_weights", topk_weights, FLOAT32, (num_tokens, top_k), device)

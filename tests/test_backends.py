@@ -464,3 +464,13 @@ def test_backends_called_by_name_check_inside_a_custom_op() -> None:
     assert torch.equal(topk_by_name(logits), torch.ops.moe.topk(logits, 2)[0])
     with pytest.raises(RuntimeError, match="^topk: router_logits: expected "):
         topk_by_name(logits.double())
+
+
+def test_explain_wants_both_sizes_or_none() -> None:
+    for op, options in (
+        ("fused_moe", {"hidden_size": 7}),
+        ("grouped_gemm", {"k": 7}),
+        ("grouped_gemm", {"n": 7, "k": 0}),
+    ):
+        with pytest.raises(RuntimeError, match=rf"^{op}: \w+: expected (a size|at least 1), .*got (None|0)$"):
+            moe.explain(op, sm=90, **options)

@@ -303,6 +303,7 @@ def test_errors(tmp_path: Path) -> None:
         "a zero global scale": good | {f"{name}.weight_scale_2": torch.tensor(0.0)},
         "a tensor nobody reads": good | {f"{name}.weight_zero_point": torch.zeros(I)},
         "a bias of one expert": good | {f"{name}.bias": torch.zeros(I)},
+        "biases of another type": good | {f"{PREFIX}.{n}.bias": torch.zeros(I).int() for n in projections()},
         "a missing tensor": {n: tensor for n, tensor in good.items() if n != f"{name}.weight_scale_2"},
         "a missing expert": {n: tensor for n, tensor in good.items() if not n.startswith(f"{PREFIX}.1.")},
         "fused experts": {f"{PREFIX}.gate_up_proj": torch.zeros(E, H, 2 * I)},
@@ -324,6 +325,7 @@ def test_errors(tmp_path: Path) -> None:
     note("another prefix", good, prefix="model.layers.9.mlp.experts")
     note("experts that are not there", good, experts=[0, 4])
     note("a format nobody knows", good, act_format="fp7")
+    note("activations that these weights do not take", good, act_format="int8")
     assert_expected_inline(
         "\n".join(lines),
         """\
@@ -348,6 +350,8 @@ a tensor nobody reads
     got float32 [128]
 a bias of one expert
   load_experts: EXPERTS.0.gate_proj.bias: expected a tensor, as other experts have it, got none
+biases of another type
+  load_experts: EXPERTS.0.gate_proj.bias: expected bfloat16, float16 or float32, got int32 [128] on cpu
 a missing tensor
   load_experts: EXPERTS.2.up_proj.weight_scale_2: expected a tensor, as other experts have it, got none
 a missing expert
@@ -365,8 +369,11 @@ another prefix
 experts that are not there
   load_experts: experts: expected different numbers from 0 to 3, got [0, 4]
 a format nobody knows
-  load_experts: act_format: expected one of bf16, fp16, int8, fp8_block, fp8_block_e8m0, mxfp8, mxfp4, nvfp4,
-    got fp7""",
+  load_experts: act_format: expected nvfp4 or bf16 or fp16 or fp8_block or fp8_block_e8m0 for nvfp4 weights,
+    got fp7
+activations that these weights do not take
+  load_experts: act_format: expected nvfp4 or bf16 or fp16 or fp8_block or fp8_block_e8m0 for nvfp4 weights,
+    got int8""",
     )
 
 

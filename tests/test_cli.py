@@ -173,6 +173,9 @@ def test_demo_notices_a_wrong_answer(capsys, monkeypatch):
 
     status, line = demo_with(capsys, monkeypatch, not_a_number)
     assert status == 1 and line.endswith("WRONG")
+    _, out, _ = run(capsys, "demo", "--formats", "bf16", "--device", "cpu", "--no-compile", "--json")
+    [row] = json.loads(out, parse_constant=pytest.fail)  # NaN is no JSON
+    assert row["error"] is None and not row["ok"]
 
     def raises(self, *inputs):
         raise ValueError("two\nlines")
@@ -465,10 +468,13 @@ def test_compare(capsys, tmp_path):
     assert f"not in {ours}: c bf16 1 uniform fused_moe" in out
     assert compare.geomean([2.0, 8.0]) == pytest.approx(4.0)
     assert "below" not in out
-    status, out, _ = run(capsys, *argv, "--least", "0.5")
+    shared = ("bench", "compare", ours, "--baseline", second)
+    status, out, _ = run(capsys, *shared, "--least", "0.5")
     assert status == 0 and "below" not in out
-    status, out, _ = run(capsys, *argv, "--least", "0.98")
+    status, out, _ = run(capsys, *shared, "--least", "0.98")
     assert (status, out.splitlines()[-1]) == (1, "below 0.98: a bf16 8 uniform fused_moe 0.500")
+    status, out, _ = run(capsys, *argv, "--least", "0.5")  # a point that is gone, or wrong now, is slower than any
+    assert (status, out.splitlines()[-1]) == (1, f"not in {ours}: c bf16 1 uniform fused_moe")
     none = write(tmp_path / "none.jsonl", "none")
     status, out, err = run(capsys, "bench", "compare", ours, "--baseline", none)
     assert (status, out, err) == (2, "", f"bench: expected points that {ours} and a baseline share, got none\n")

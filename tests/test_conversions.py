@@ -232,3 +232,10 @@ def test_a_given_global_scale_is_one_for_each_part() -> None:
         quantize_weight(weight, "bf16", global_scale=torch.tensor(0.5))
     with pytest.raises(RuntimeError, match="^quantize_weight: parts: expected a divisor of 64 rows, got 0$"):
         quantize_weight(weight, "mxfp4", parts=0)
+
+
+def test_parameters_fold_as_tensors_do() -> None:
+    weight = quantize_weight(normal_weight(0.02, 2, 64, 64), NVFP4)
+    parameters = [torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) for tensor in weight]
+    for folded, expected in zip(fold_global_scale(*parameters), fold_global_scale(*weight), strict=True):
+        assert folded is expected or torch.equal(torch.as_tensor(folded).float(), torch.as_tensor(expected).float())

@@ -232,6 +232,10 @@ ERRORS = {
         w13_scale=half.w13_scale,
         format="mxfp4",
     ),
+    "Experts: w2: expected at least one expert, got [0, 128, 96]": lambda w13, w2: Experts(w13[:0], w2[:0]),
+    "Experts: w13: expected bfloat16 [4, 192, 128] on cpu, got bfloat16 [4, 192, 128] on meta": lambda w13, w2: Experts(
+        w13.to("meta"), w2
+    ),
     "Experts: w2: expected [E, H, I], got [4, 1, 128, 96]": lambda w13, w2: Experts(w13, w2[:, None]),
     "to_gate_up: group: expected at least 1, got 0": lambda w13, w2: to_gate_up(w13, "interleaved", group=0),
     "from_gate_up: group: expected at least 1, got -1": lambda w13, w2: from_gate_up(w13, "interleaved", group=-1),

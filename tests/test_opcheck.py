@@ -117,7 +117,11 @@ def test_strides_of_fake_and_real_results(device: str, format: str) -> None:
 
 def test_strides_of_fake_and_real_routing_and_scales(device: str) -> None:
     for rows in (0, 1, 2):
-        expect_metadata_of_fake("topk", Call(torch.randn(rows, 16), 3), device)
+        for top_k in (1, 3):
+            expect_metadata_of_fake("topk", Call(torch.randn(rows, 16), top_k), device)
+        for hidden_size in (1, 8):
+            slots = torch.zeros(rows, 2).int()
+            expect_metadata_of_fake("finalize", Call(torch.randn(4, hidden_size), slots), device)
         for layout in ("words", "atom"):
             packed = moe.pack_scale(torch.zeros(rows, 5).byte(), layout)
             expect_metadata_of_fake("unpack_scale", Call(packed, layout, rows, 5, torch.uint8), device)

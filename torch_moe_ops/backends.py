@@ -358,7 +358,7 @@ def explain(
     """Which backend runs a problem, and what every candidate says about it: ``print(explain(...))``.
 
     Facts left out raise no objection. `hidden_size` and `intermediate_size` are fused_moe's; `n`, `k` and `b_parts` are
-    grouped_gemm's. `device` is the current GPU, or the CPU of a machine without one; `sm` (90 for 9.0) asks about
+    grouped_gemm's; sizes are given in pairs. `device` is the current GPU, or the CPU of a machine without one; `sm` (90 for 9.0) asks about
     another GPU, with the kernels of this build. `packed`: the weights are results of `pack_weight` for `act_format`.
     """
     if op not in CANDIDATES:
@@ -366,15 +366,21 @@ def explain(
     get_format(op, format)
     parts = 2 if get_activation(op, activation).gated else 1
     if op in GEMM_OPS:
-        formats = check_formats(op, format, act_format)
-        for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size), ("k", k)):
-            pack = max(fmt.pack for fmt in formats)
-            if size is not None and size % pack:
+        pack = max(fmt.pack for fmt in check_formats(op, format, act_format))
+        sizes = {
+            "fused_moe": dict(hidden_size=hidden_size, intermediate_size=intermediate_size),
+            "grouped_gemm": dict(n=n, k=k),
+        }
+        own = sizes.pop(op)
+        for name, size in next(iter(sizes.values())).items():
+            if size is not None:
+                refuse(op, name, f"None for {op}", size)
+        for name, size in own.items() if set(own.values()) != {None} else ():
+            if size is None:
+                refuse(op, name, f"a size, since {' and '.join(own)} are given together", None)
+            expect_range(op, name, size, 1)
+            if name != "n" and size % pack:
                 refuse(op, name, f"a multiple of {pack} for {format}", size)
-    others = dict(n=n, k=k) if op == "fused_moe" else dict(hidden_size=hidden_size, intermediate_size=intermediate_size)
-    for name, size in others.items():
-        if op in GEMM_OPS and size is not None:
-            refuse(op, name, f"None for {op}", size)
     if packed and format not in PACKABLE:
         refuse(op, "packed", f"False for {format}", packed)
     expect_range(op, "b_parts", b_parts, 1)

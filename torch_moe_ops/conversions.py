@@ -69,6 +69,7 @@ def convert_weight(
     return ConvertedWeight(*tensors, sums.error())
 
 
+@torch.no_grad()
 def fold_global_scale(
     weight: Tensor, weight_scale: Tensor, weight_global_scale: Tensor, *, into: Tensor | None = None, parts: int = 1
 ) -> ConvertedWeight:

@@ -216,6 +216,8 @@ class Experts(nn.Module):
         check_activation("Experts", self.activation, self.alpha, self.beta, self.limit)
         if self.w2.dim() != 3 and not (is_packed(self.w2) and self.format in PACKABLE):
             refuse("Experts", "w2", "[E, H, I]", list(self.w2.shape))
+        if self.num_experts == 0:
+            refuse("Experts", "w2", "at least one expert", list(self.w2.shape))
         if is_packed(self.w13) != is_packed(self.w2):
             refuse("Experts", "w13", "packed or not as w2 is", list(self.w13.shape))
         parts = 2 if get_activation("Experts", self.activation).gated else 1
@@ -225,7 +227,7 @@ class Experts(nn.Module):
         ):
             weight, *others = (getattr(self, name + suffix) for suffix in ("", "_scale", "_global_scale", "_bias"))
             sizes = (self.num_experts, n, k)
-            check_weight("Experts", name, weights, acts, weight, *others, sizes, name_parts, weight.device)
+            check_weight("Experts", name, weights, acts, weight, *others, sizes, name_parts, self.w2.device)
             global_scale = f"a{name.removeprefix('w')}_global_scale"
             check_global_scale(
                 "Experts", global_scale, acts, getattr(self, global_scale), self.num_experts, self.w2.device

@@ -343,19 +343,19 @@ def _rows_of_exponents(blocks: Tensor) -> Tensor:
 
 def _stored_scales(format: str) -> Tensor:
     """What is stored for each byte of a scale; nvfp4's lower seven bits alone."""
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     if format != "nvfp4":
         return (byte + EXPONENT_SHIFT).clamp(max=255).to(torch.uint8)
     byte = byte & 0x7F
     # Exponent fields begin at 4 for e4m3's normal numbers and at 1 for its smallest subnormal; 31 keeps NaN.
-    subnormal = torch.tensor([0, 8, 16, 20, 24, 26, 28, 30])[byte & 7]
+    subnormal = torch.tensor([0, 8, 16, 20, 24, 26, 28, 30], device="cpu")[byte & 7]
     stored = torch.where(byte < 8, subnormal, byte + (3 << 3))
     return torch.where(byte == 0x7F, 0xFF, stored).to(torch.uint8)
 
 
 def _scales_stored(format: str) -> Tensor:
     """The inverse of `_stored_scales`."""
-    table = torch.zeros(256, dtype=torch.uint8)
+    table = torch.zeros(256, dtype=torch.uint8, device="cpu")
     count = 128 if format == "nvfp4" else 256
-    table[_stored_scales(format)[:count].long()] = torch.arange(count, dtype=torch.uint8)
+    table[_stored_scales(format)[:count].long()] = torch.arange(count, dtype=torch.uint8, device="cpu")
     return table

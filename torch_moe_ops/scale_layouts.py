@@ -92,7 +92,7 @@ def unpack(
     packed: Tensor, layout: str, rows: int, columns: int, dtype: torch.dtype, expert_offsets: Tensor | None = None
 ) -> Tensor:
     """The inverse of `pack`: the scales [..., rows, columns] of `dtype`, contiguous."""
-    packed = packed.view(torch.int32)  # atoms' bytes, or uint32 words
+    packed = as_words(packed)
     if layout == "atom":
         words = packed.squeeze(-1).mT.movedim(-3, -1).flatten(-4, -2)  # [..., rows, W]
     elif layout == "utccp":
@@ -103,6 +103,12 @@ def unpack(
     if expert_offsets is not None:
         data = data[_place_of_rows(expert_offsets, rows)]
     return _fresh(data[..., :rows, :columns]).view(dtype)
+
+
+def as_words(packed: Tensor) -> Tensor:
+    """The bytes of atoms, or uint32 words, as int32; a copy if they start between words."""
+    aligned = packed.storage_offset() * packed.itemsize % WORD == 0
+    return (packed if aligned else packed.clone()).view(torch.int32)
 
 
 def _fresh(x: Tensor) -> Tensor:

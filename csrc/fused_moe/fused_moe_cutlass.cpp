@@ -107,7 +107,7 @@ Format parse_act_format(const Tensor& w13, Format weights, const std::string& fo
 ScaleView parse_act_global_scale(const char* argument, const std::optional<Tensor>& scale, const Layer& layer, const Tensor& like) {
   if (!scale) return {};
   MOE_EXPECT(layer.format == Format::as_nvfp4, kOp, argument, "none for these activations", describe(*scale));
-  const bool one = scale->numel() == 1;
+  const bool one = scale->numel() == 1 && scale->dim() <= 1;
   const bool good = has_dtype(*scale, ScalarType::Float) && scale->is_cuda() && scale->get_device_index() == like.get_device_index();
   MOE_EXPECT(good && (one || (scale->dim() == 1 && scale->size(0) == layer.num_experts && scale->stride(0) == 1)), kOp, argument,
              "float32 on " << device_name(like) << ", one element or [" << layer.num_experts << "]", describe(*scale));

@@ -46,8 +46,10 @@ def test_absent_slots_are_skipped_whatever_they_hold() -> None:
     assert (out == 2.0).all()
 
 
-def test_an_id_out_of_range_gives_nan() -> None:
-    out = moe.finalize(torch.ones(2, H), torch.tensor([[0, -2], [1, -1]]).int())
+@pytest.mark.parametrize("row", [-2, -3, 2, 5])
+def test_what_is_no_row_gives_nan(row: int) -> None:
+    """-2: an id that is out of range."""
+    out = moe.finalize(torch.ones(2, H), torch.tensor([[0, row], [1, -1]]).int())
     assert out[0].isnan().all() and (out[1] == 1.0).all()
 
 

@@ -196,3 +196,10 @@ def test_rows_before_the_first_expert_have_no_place() -> None:
     assert torch.equal(unpacked.view(torch.uint8)[200:], scale.view(torch.uint8)[200:])
     used = packed.view(torch.uint8).flatten(1).any(1)
     assert used.tolist() == [False, True, False, True]  # atoms begin anew with each expert
+
+
+def test_atoms_that_start_between_words() -> None:
+    scale = torch.randint(0, 255, (130, 6), dtype=torch.uint8)
+    packed = moe.pack_scale(scale, "atom")
+    moved = torch.zeros(packed.numel() + 1, dtype=torch.uint8)[1:].view(packed.shape).copy_(packed)
+    assert torch.equal(moe.unpack_scale(moved, "atom", 130, 6, torch.uint8), scale)

@@ -27,6 +27,11 @@ def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
+def test_what_is_no_row_is_left_out() -> None:
+    permuted, _ = moe.permute(hidden("bf16")[:2], torch.tensor([[0, 2, -1], [1, 9, -2]]).int(), 2)
+    assert torch.equal(permuted, hidden("bf16")[:2])
+
+
 @pytest.mark.parametrize("alignment", [1, 4])
 def test_rows_are_quantised_tokens(format: str, alignment: int) -> None:
     x = hidden(format)

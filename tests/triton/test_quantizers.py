@@ -132,6 +132,13 @@ def test_zero_rows():
     assert ops.act_mul.triton(empty, torch.zeros(3, dtype=torch.int32))[0].shape == (0, 32)
 
 
+def test_int8_scales_of_rows_without_columns():
+    x, offsets = torch.empty(4, 0, dtype=torch.bfloat16), torch.tensor([0, 4]).int()
+    rows = torch.arange(4).int().view(4, 1)
+    for op, args in ((ops.quantize, (x,)), (ops.permute, (x, rows, 4)), (ops.act_mul, (x, offsets))):
+        assert_same_bits(op.triton(*args, format="int8")[1], op.reference(*args, format="int8")[1])
+
+
 def test_a_scale_of_minus_zero_is_zero() -> None:
     x, global_scale = torch.randn(2, 32), torch.tensor(-1e38)
     got, expected = (op(x, "nvfp4", global_scale=global_scale) for op in (ops.quantize.triton, ops.quantize.reference))

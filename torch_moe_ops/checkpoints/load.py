@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..formats import FORMATS, Format
-from ..meta_kernels._check import describe, expect_choice, refuse
+from ..meta_kernels._check import FLOATS, describe, refuse
+from ..meta_kernels.grouped_gemm import check_formats
 from .files import Checkpoint
 from .schemes import GPT_OSS, OP, Reader, find_reader
 
@@ -64,8 +65,7 @@ def load_experts(
     act_format = act_format or scheme.act_format
     if not act_format and scheme.input_scale and "input_scale" not in reader.kinds:
         act_format = "bf16"  # quantised for weights alone
-    expect_choice(OP, "act_format", act_format or scheme.format, FORMATS)
-    act = FORMATS[act_format or scheme.format]
+    _, act = check_formats(OP, scheme.format, act_format)
     stack = _Stack(reader, chosen, torch.device(device))
     result: dict[str, object] = {"format": scheme.format, "act_format": act_format}
     for name, projections in (("w13", ("gate", "up")), ("w2", ("down",))):
@@ -98,8 +98,8 @@ def _choose(experts: Sequence[int] | None, num_experts: int) -> Sequence[int]:
 
 def _expert_map(chosen: Sequence[int], num_experts: int, device: torch.device) -> Tensor:
     """int32 [Eg]: the position of each expert among the chosen ones, -1 for those of other ranks."""
-    expert_map = torch.full((num_experts,), -1, dtype=torch.int32)
-    expert_map[list(chosen)] = torch.arange(len(chosen), dtype=torch.int32)
+    expert_map = torch.full((num_experts,), -1, dtype=torch.int32, device="cpu")
+    expert_map[list(chosen)] = torch.arange(len(chosen), dtype=torch.int32, device="cpu")
     return expert_map.to(device)
 
 
@@ -140,7 +140,7 @@ class _Stack:
         """global_scale or input_scale: float32 [E, parts]; None if the checkpoint has none."""
         if kind not in self.reader.kinds:
             return None
-        result = torch.empty(len(self.experts), len(projections), dtype=torch.float32)
+        result = torch.empty(len(self.experts), len(projections), dtype=torch.float32, device="cpu")
         for i, expert in enumerate(self.experts):
             for part, projection in enumerate(projections):
                 number, name = self.reader.read(expert, projection, kind), self.reader.name(expert, projection, kind)
@@ -161,7 +161,13 @@ class _Stack:
     def _dtype(self, kind: str) -> torch.dtype:
         """What the ops take; for biases any float type, the first one's."""
         if kind == "bias":
-            return self.reader.read(self.experts[0], "gate", kind).dtype
+            bias, name = (
+                self.reader.read(self.experts[0], "gate", kind),
+                self.reader.name(self.experts[0], "gate", kind),
+            )
+            if bias.dtype not in FLOATS:
+                refuse(OP, name, "bfloat16, float16 or float32", describe(*_facts(bias), bias.device))
+            return bias.dtype
         return self.format.dtype if kind == "weight" else self.format.scale_dtype
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -83,7 +84,9 @@ def main(args: argparse.Namespace) -> int:
             if not args.json:
                 print(rows[-1], flush=True)
     if args.json:
-        print(json.dumps([asdict(row) | {"ok": row.ok} for row in rows], indent=2))
+        errors = ({"error": row.error if math.isfinite(row.error) else None} for row in rows)  # JSON knows no NaN
+        dicts = [asdict(row) | error | {"ok": row.ok} for row, error in zip(rows, errors, strict=True)]
+        print(json.dumps(dicts, indent=2, allow_nan=False))
     return 0 if all(row.ok for row in rows) else 1
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..meta_kernels.finalize import output_dtype
-from .sort_slots import OUT_OF_RANGE
 
 
 def finalize(
@@ -21,10 +20,12 @@ def finalize(
     total = torch.zeros((num_tokens, expert_out.shape[1]), dtype=torch.float32, device=expert_out.device)
     for k in range(top_k):
         row = slot_to_row[:, k].long()
-        term = padded[torch.where(row >= 0, row, len(expert_out))].float()  # [T, H]
+        inside = (row >= 0) & (row < len(expert_out))
+        term = padded[torch.where(inside, row, len(expert_out))].float()  # [T, H]
         if topk_weights is not None:
             term = topk_weights[:, k, None] * term
         # Selected, not multiplied by zero: the weight of an absent slot may be anything, NaN too.
-        total = torch.where((row >= 0)[:, None], total + term, total)
-    total = total.masked_fill((slot_to_row == OUT_OF_RANGE).any(dim=1, keepdim=True), float("nan"))
-    return (total * routed_scaling_factor).to(output_dtype(expert_out.dtype))
+        total = torch.where(inside[:, None], total + term, total)
+    no_row = (slot_to_row < -1) | (slot_to_row >= len(expert_out))  # -2, say, of an id that is out of range
+    total = total.masked_fill(no_row.any(dim=1, keepdim=True), float("nan"))
+    return (total * routed_scaling_factor).to(output_dtype(expert_out.dtype), memory_format=torch.contiguous_format)

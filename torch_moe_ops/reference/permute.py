@@ -26,7 +26,7 @@ def permute(
     if topk_weights is not None:
         copies = copies.float() * topk_weights.reshape(-1, 1)
     rows = copies.new_zeros((num_rows + 1, hidden_states.shape[1]))  # one more row takes the absent slots
-    rows.index_copy_(0, torch.where(slots >= 0, slots, num_rows), copies)
+    rows.index_copy_(0, torch.where((slots >= 0) & (slots < num_rows), slots, num_rows), copies)
     rows = rows[:num_rows]  # rows that no slot maps to are zero here, but unspecified to callers
     values, scale = quantize_rows(fmt, rows, global_scale_of_rows(global_scale, expert_offsets, num_rows))
     return values, lay_out_scale(fmt, scale)

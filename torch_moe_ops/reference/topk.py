@@ -34,7 +34,12 @@ def topk(
     weights = scores.gather(-1, ids)
     if renormalize:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return weights * routed_scaling_factor, ids.to(torch.int32, memory_format=torch.contiguous_format)
+    weights = weights * routed_scaling_factor
+    # Of the strides that the fake states, also where they do not matter: no rows, or one.
+    return tuple(
+        torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+        for x, dtype in ((weights, torch.float32), (ids, torch.int32))
+    )
 
 
 def _eligible(choice: Tensor, num_groups: int, topk_groups: int) -> Tensor:

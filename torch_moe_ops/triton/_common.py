@@ -58,7 +58,7 @@ def row_tile(fmt: Format, k: int) -> dict[str, int]:
     """How a row of k values is cut: BLOCKS scale blocks of BLOCK values to a program (one where a row has one)."""
     block = fmt.act_block[1] if fmt.has_scale else 1
     if block is None:
-        return {"BLOCKS": 1, "BLOCK": triton.next_power_of_2(k)}
+        return {"BLOCKS": 1, "BLOCK": triton.next_power_of_2(max(1, k))}
     chunk = min(ROW_CHUNK, triton.next_power_of_2(k))
     return {"BLOCKS": max(1, chunk // block), "BLOCK": block} if fmt.has_scale else {"BLOCKS": 1, "BLOCK": chunk}
 
@@ -213,7 +213,7 @@ def store_blocks(
     tl.store(values_ptr + row * (k // PACK) + cols, values, mask=cols < k // PACK)
     if FORMAT != "bf16" and FORMAT != "fp16":
         scale_ptrs = scale_ptr + row * stride_scale_row + blocks.to(tl.int64) * stride_scale_k
-        tl.store(scale_ptrs, scale, mask=blocks * BLOCK < k)
+        tl.store(scale_ptrs, scale, mask=(blocks == 0) | (blocks * BLOCK < k))  # int8 has one without columns, too
 
 
 @triton.jit

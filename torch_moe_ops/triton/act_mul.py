@@ -125,11 +125,11 @@ def act_mul(
     intermediate = width // 2 if is_gated else width
     act = empty_values(fmt, rows, intermediate, gate_up.device)
     act_scale = empty_act_scale(fmt, rows, intermediate, gate_up.device)
-    if act.numel() == 0:
+    if act.numel() == act_scale.numel() == 0:
         return act, act_scale
     _, experts = expert_bound(global_scale, expert_offsets)
     tile = row_tile(fmt, intermediate)
-    grid = (rows, triton.cdiv(intermediate, tile["BLOCKS"] * tile["BLOCK"]))
+    grid = (rows, max(1, triton.cdiv(intermediate, tile["BLOCKS"] * tile["BLOCK"])))
     with on_device(gate_up):
         _act_mul_kernel[grid](
             gate_up, expert_offsets, global_scale, as_stored(act), as_stored(act_scale),

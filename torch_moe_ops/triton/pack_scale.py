@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torch_moe_ops.scale_layouts import ATOM_ROWS, WORD, empty_packed
+from torch_moe_ops.scale_layouts import ATOM_ROWS, WORD, as_words, empty_packed
 from torch_moe_ops.triton._common import on_device
 
 TILE = {"ROWS": 32, "WORDS": 32}
@@ -76,7 +76,7 @@ def launch(scale: Tensor, packed: Tensor, layout: str, expert_offsets: Tensor | 
     if packed.numel() == 0:
         return
     is_batch = scale.dim() == 3
-    packed_words = packed.view(torch.int32)
+    packed_words = as_words(packed)
     num_experts = 0 if expert_offsets is None else len(expert_offsets) - 1
     places = packed.shape[-5] * ATOM_ROWS if layout == "atom" else rows
     grid = (triton.cdiv(places, TILE["ROWS"]), triton.cdiv(words, TILE["WORDS"]), scale.shape[0] if is_batch else 1)

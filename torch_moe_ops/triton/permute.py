@@ -71,11 +71,11 @@ def permute(
     (num_tokens, top_k), hidden = slot_to_row.shape, hidden_states.shape[1]
     permuted = empty_values(fmt, num_rows, hidden, hidden_states.device)
     permuted_scale = empty_act_scale(fmt, num_rows, hidden, hidden_states.device)
-    if hidden_states.numel() == 0 or top_k == 0:
+    if slot_to_row.numel() == 0 or permuted.numel() == permuted_scale.numel() == 0:
         return permuted, permuted_scale
     num_experts, experts = expert_bound(global_scale, expert_offsets)
     tile = row_tile(fmt, hidden)
-    grid = (num_tokens, triton.cdiv(hidden, tile["BLOCKS"] * tile["BLOCK"]))
+    grid = (num_tokens, max(1, triton.cdiv(hidden, tile["BLOCKS"] * tile["BLOCK"])))
     with on_device(hidden_states):
         _permute_kernel[grid](
             hidden_states, slot_to_row, topk_weights, global_scale, expert_offsets,

@@ -5,6 +5,8 @@ values [..., K / pack], scale [..., ceil(K / block)], both contiguous; bit-exact
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -41,14 +43,14 @@ def _quantize_kernel(
 def quantize(input: Tensor, format: str, *, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     fmt = FORMATS[format]
     *lead, k = input.shape
-    rows = input.numel() // max(1, k)
+    rows = math.prod(lead)
     scale_cols = fmt.act_scale_shape(1, k)[1]
     values = torch.empty((*lead, k // fmt.pack), dtype=fmt.dtype, device=input.device)
     scale = torch.empty((*lead, scale_cols), dtype=fmt.scale_dtype, device=input.device)
-    if input.numel() == 0:
+    if values.numel() == scale.numel() == 0:
         return values, scale
     tile = row_tile(fmt, k)
-    grid = (rows, triton.cdiv(k, tile["BLOCKS"] * tile["BLOCK"]))
+    grid = (rows, max(1, triton.cdiv(k, tile["BLOCKS"] * tile["BLOCK"])))
     with on_device(input):
         _quantize_kernel[grid](
             input, global_scale, as_stored(values), as_stored(scale), k, scale_cols,

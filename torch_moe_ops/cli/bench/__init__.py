@@ -125,5 +125,8 @@ def points_at(args: argparse.Namespace, case: _layer.Case, experts: Experts, num
         except RuntimeError as error:  # what the fused kernel takes may be nobody's GEMM
             points.append(failed(args, case, experts.format, num_tokens, error, "stages"))
     if args.host and experts.w13.is_cuda:
-        points.append(measure_host_call(*what))
+        try:
+            points.append(measure_host_call(*what))
+        except RuntimeError as error:
+            points.append(failed(args, case, experts.format, num_tokens, error, "host_call"))
     return points

@@ -111,12 +111,13 @@ def main(args: argparse.Namespace) -> int:
         over_floor = [row.over_floor for row in kind if row.over_floor]
         if over_floor:
             print(f"{start} {len(over_floor)} times over the floor: {geomean(over_floor):.3f}")
-    for key in missing(ours, baseline):
+    lacking = missing(ours, baseline)
+    for key in lacking:
         print(f"not in {args.ours}: {' '.join(map(str, key))}")
     slower = [row for row in rows if args.least is not None and row.speedup < args.least]
     for row in slower:
         print(f"below {args.least:g}: {' '.join(map(str, row.key))} {row.speedup:.3f}")
-    return 1 if slower else 0
+    return 1 if slower or (lacking and args.least is not None) else 0
 
 
 def compare(ours: Iterable[dict], baseline: Iterable[dict]) -> list[Comparison]:
@@ -132,9 +133,9 @@ def compare(ours: Iterable[dict], baseline: Iterable[dict]) -> list[Comparison]:
 
 
 def missing(ours: Iterable[dict], baseline: Iterable[dict]) -> list[Key]:
-    """The baselines' points that ours lack, of the kinds that ours have at all."""
+    """The baselines' points that ours lack or have wrong, of the kinds that ours have at all."""
     have = best_points(ours)
-    kinds = {(key.what, key.routing) for key in have}
+    kinds = {(key.what, key.routing) for key in map(Key.of, ours)}
     return sorted(key for key in best_points(baseline) if key not in have and (key.what, key.routing) in kinds)
 
 

@@ -89,7 +89,7 @@ def facts_of(what: str, case: _layer.Case, experts: Experts, num_tokens: int, ro
 
 def make_all_inputs(case: _layer.Case, experts: Experts, num_tokens: int, routing: str) -> list[Inputs]:
     generator = torch.Generator(device=experts.w13.device).manual_seed(100 + num_tokens)
-    calls = GRAPH_CALLS.get(num_tokens, 2)
+    calls = next((calls for tokens, calls in reversed(GRAPH_CALLS.items()) if tokens <= num_tokens), 8)
     dtype = _layer.input_dtype(experts)
     return [_layer.make_inputs(case, num_tokens, generator, index, dtype, routing) for index in range(calls)]
 

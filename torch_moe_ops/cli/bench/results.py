@@ -26,7 +26,7 @@ def environment(commit: str | None = None) -> dict[str, object]:
     """What a reader must know to repeat the run."""
     on_gpu = torch.cuda.is_available()
     return {
-        "commit": commit or git_head() or build_info()["commit"] or "unknown",
+        "commit": commit or build_info()["commit"] or git_head() or "unknown",  # the kernels' rather than the tree's
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         "torch": torch.__version__,

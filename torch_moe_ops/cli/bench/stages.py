@@ -123,8 +123,8 @@ def chosen_backend(op: str, name: str, case: _layer.Case, experts: Experts, back
     hidden, intermediate = case.hidden_size, case.intermediate_size
     n, k = (2 * intermediate, hidden) if name == "grouped_gemm_w13" else (hidden, intermediate)
     formats = dict(format=experts.format, act_format=experts.act_format, packed=is_packed(experts.w13))
-    formats = formats if op == "grouped_gemm" else {}
-    return explain(op, device=experts.w13.device, n=n, k=k, **formats).backend
+    facts = dict(n=n, k=k, b_parts=2 if name == "grouped_gemm_w13" else 1, **formats) if op == "grouped_gemm" else {}
+    return explain(op, device=experts.w13.device, **facts).backend
 
 
 def weight_of(name: str, experts: Experts) -> int:
