@@ -358,8 +358,9 @@ def explain(
     """Which backend runs a problem, and what every candidate says about it: ``print(explain(...))``.
 
     Facts left out raise no objection. `hidden_size` and `intermediate_size` are fused_moe's; `n`, `k` and `b_parts` are
-    grouped_gemm's; sizes are given in pairs. `device` is the current GPU, or the CPU of a machine without one; `sm` (90 for 9.0) asks about
-    another GPU, with the kernels of this build. `packed`: the weights are results of `pack_weight` for `act_format`.
+    grouped_gemm's; sizes are given in pairs. `device` is the current GPU, or the CPU of a machine without one; `sm` (90
+    for 9.0) asks about another GPU, with the kernels of this build. `packed`: the weights are results of `pack_weight`
+    for `act_format`.
     """
     if op not in CANDIDATES:
         raise RuntimeError(f"explain: op: expected one of {', '.join(OPS)}, got {op}")
