@@ -250,3 +250,13 @@ def test_other_dtypes_of_a_byte_are_refused(format: str) -> None:
     for other in ((values.view(torch.float8_e5m2), scale), (values, scale.view(wrong_scale)), (values, None)):
         with pytest.raises(RuntimeError, match=r"^pack_weight: (values|scale): expected [^\n]*, got [^\n]*$"):
             moe.pack_weight(*other, format)
+
+
+def test_the_default_device_does_not_matter(format: str) -> None:
+    weight = random_weight(format, 1, 64, 128)
+    packed = moe.pack_weight(*weight, format)
+    with torch.device("meta"):
+        assert torch.equal(bits(moe.pack_weight(*weight, format)), bits(packed))
+        values, scale = moe.unpack_weight(packed, format)
+    for got, expected in zip((values, scale), moe.unpack_weight(packed, format), strict=True):
+        assert torch.equal(bits(got), bits(expected))

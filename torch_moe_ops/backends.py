@@ -368,12 +368,9 @@ def explain(
     parts = 2 if get_activation(op, activation).gated else 1
     if op in GEMM_OPS:
         pack = max(fmt.pack for fmt in check_formats(op, format, act_format))
-        sizes = {
-            "fused_moe": dict(hidden_size=hidden_size, intermediate_size=intermediate_size),
-            "grouped_gemm": dict(n=n, k=k),
-        }
-        own = sizes.pop(op)
-        for name, size in next(iter(sizes.values())).items():
+        layer, gemm = dict(hidden_size=hidden_size, intermediate_size=intermediate_size), dict(n=n, k=k)
+        own, others = (layer, gemm) if op == "fused_moe" else (gemm, layer)
+        for name, size in others.items():
             if size is not None:
                 refuse(op, name, f"None for {op}", size)
         for name, size in own.items() if set(own.values()) != {None} else ():

@@ -90,3 +90,11 @@ def test_no_tokens(format: str) -> None:
     x = hidden(format)[:0]
     permuted, scale = moe.permute(x, torch.empty(0, K, dtype=torch.int32), 0, format=format)
     assert len(permuted) == len(scale) == 0
+
+
+def test_offsets_of_no_expert_are_refused() -> None:
+    offsets = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(
+        RuntimeError, match=r"^permute: expert_offsets: expected int32 \[E \+ 1\] of at least one expert"
+    ):
+        moe.permute(hidden("nvfp4")[:1], torch.tensor([[0]]).int(), 1, format="nvfp4", expert_offsets=offsets)

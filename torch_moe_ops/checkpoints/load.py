@@ -161,12 +161,11 @@ class _Stack:
     def _dtype(self, kind: str) -> torch.dtype:
         """What the ops take; for biases any float type, the first one's."""
         if kind == "bias":
-            bias, name = (
-                self.reader.read(self.experts[0], "gate", kind),
-                self.reader.name(self.experts[0], "gate", kind),
-            )
+            first = (self.experts[0], "gate", kind)
+            bias = self.reader.read(*first)
             if bias.dtype not in FLOATS:
-                refuse(OP, name, "bfloat16, float16 or float32", describe(*_facts(bias), bias.device))
+                got = describe(*_facts(bias), bias.device)
+                refuse(OP, self.reader.name(*first), "bfloat16, float16 or float32", got)
             return bias.dtype
         return self.format.dtype if kind == "weight" else self.format.scale_dtype
 

@@ -35,11 +35,9 @@ def topk(
     if renormalize:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
     weights = weights * routed_scaling_factor
-    # Of the strides that the fake states, also where they do not matter: no rows, or one.
-    return tuple(
-        torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
-        for x, dtype in ((weights, torch.float32), (ids, torch.int32))
-    )
+    # With the strides that the fake states, also where they do not matter: no rows, or one.
+    contiguous = {"memory_format": torch.contiguous_format}
+    return weights.clone(**contiguous), ids.to(torch.int32, **contiguous)
 
 
 def _eligible(choice: Tensor, num_groups: int, topk_groups: int) -> Tensor:

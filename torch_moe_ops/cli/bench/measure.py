@@ -24,7 +24,7 @@ from ...formats import FORMATS
 from ...packed_weights import is_packed
 from .. import _layer
 
-# tokens -> calls in one graph, each with its own input and routing.
+# From so many tokens on -> calls in one graph, each with its own input and routing.
 GRAPH_CALLS = {1: 8, 8: 8, 32: 4, 128: 4, 512: 2, 2048: 2, 8192: 1}
 REPLAY_MS = 40.0
 # A graph that takes less is captured again with its calls repeated: the host replays none faster than in 10 to 20 us.
