@@ -1,6 +1,7 @@
 // Kernel launches with programmatic dependent launch (PDL): on SM90 and later a kernel may start while its predecessor
 // in the stream drains; it must call pdl_wait() before it touches anything the predecessor wrote or reads.
-// Every kernel of this library calls pdl_wait() in every thread block, so completion is transitive along the stream.
+// Every kernel of this library calls pdl_wait() in every thread block, so completion is transitive along the stream, and none calls
+// pdl_launch_next() before it: what the kernels before the predecessor wrote, the next one may read at once.
 #pragma once
 #include <cuda_runtime.h>
 #include <cstddef>

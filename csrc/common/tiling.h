@@ -16,6 +16,9 @@ constexpr int kMaxThreads = 256, kLanes = 32;
 // independent loads a thread.
 constexpr int64_t kChunksOfOneWave = 1 << 18;
 
+// With fewer, thread blocks are small, so that more SMs have some: each waits for what it loads.
+constexpr int64_t kChunksOfFewBlocks = 1 << 15, kFewThreads = 64;
+
 struct Tiling {
   dim3 grid, block;
   int chunks_per_thread;
@@ -30,9 +33,10 @@ __device__ __forceinline__ int64_t first_chunk() {
 
 inline Tiling tile_rows(int64_t rows, int64_t chunks, int max_chunks_per_thread) {
   const int per_thread = rows * chunks <= kChunksOfOneWave ? 1 : max_chunks_per_thread;
-  const int64_t tiles = ceil_div(chunks, kMaxThreads * per_thread);
+  const int64_t most = rows * chunks <= kChunksOfFewBlocks ? kFewThreads : kMaxThreads;
+  const int64_t tiles = ceil_div(chunks, most * per_thread);
   const int64_t threads_x = round_up(ceil_div(chunks, tiles * per_thread), 32);
-  const int64_t threads_y = std::max<int64_t>(1, kMaxThreads / threads_x);
+  const int64_t threads_y = std::max<int64_t>(1, most / threads_x);
   return {dim3(static_cast<unsigned>(ceil_div(rows, threads_y)), static_cast<unsigned>(tiles)),
           dim3(static_cast<unsigned>(threads_x), static_cast<unsigned>(threads_y)), per_thread};
 }

@@ -125,8 +125,9 @@ void check_gemm(const char* argument, const char* reason) {
   if (reason != nullptr) refuse(kOp, argument, "a shape that this backend runs", reason);
 }
 
-// sort_slots and permute; one launch for few slots, else two or three. Gather: sort_slots and quantize. Split: sort_slots alone.
-void run_permute(const Layer& layer, const Intermediates& m, const Tensor& hidden_states, const Tensor& topk_ids,
+// sort_slots and permute; one launch for few slots, else two or three. Gather: sort_slots and quantize. Split: sort_slots alone. Returns what is
+// complete before the last of these launches starts.
+sm90::Known run_permute(const Layer& layer, const Intermediates& m, const Tensor& hidden_states, const Tensor& topk_ids,
                  const std::optional<Tensor>& expert_map, const float* topk_weights) {
   SortSlotsArgs sort;
   sort.topk_ids = pointer<const int32_t>(topk_ids);
@@ -140,17 +141,21 @@ void run_permute(const Layer& layer, const Intermediates& m, const Tensor& hidde
   sort.row_to_slot = layer.gather ? m.row_to_slot : nullptr;
   sort.cleared = m.counters;
   sort.num_cleared = m.cleared;
-  if (layer.split) return check_cuda(kOp, sort_clear(sort, layer.stream));
+  if (layer.split) {
+    check_cuda(kOp, sort_clear(sort, layer.stream));
+    return sm90::Known::inputs;
+  }
   if (layer.gather) {
     check_cuda(kOp, sort_slots(sort, m.sort_workspace, layer.stream));
-    if (!has_scale(layer.format)) return;
+    if (!has_scale(layer.format)) return sm90::Known::inputs;
     QuantizeArgs args;
     args.input = hidden_states.data_ptr();
     args.dtype = layer.dtype;
     args.rows = layer.num_tokens;
     args.format = layer.format;
     args.out = m.permuted;
-    return check_cuda(kOp, quantize(args, layer.stream));
+    check_cuda(kOp, quantize(args, layer.stream));
+    return sm90::Known::offsets;
   }
   PermuteArgs args;
   args.hidden_states = hidden_states.data_ptr();
@@ -163,9 +168,13 @@ void run_permute(const Layer& layer, const Intermediates& m, const Tensor& hidde
   args.format = layer.format;
   args.out = m.permuted;
   args.global_scale = of_rows(layer.a13_global_scale, layer, m);
-  if (sort_permute_pays(layer.num_tokens, layer.num_rows) && !args.global_scale.per_expert()) return check_cuda(kOp, sort_permute(sort, args, layer.stream));
+  if (sort_permute_pays(layer.num_tokens, layer.num_rows) && !args.global_scale.per_expert()) {
+    check_cuda(kOp, sort_permute(sort, args, layer.stream));
+    return sm90::Known::counters;
+  }
   check_cuda(kOp, sort_slots(sort, m.sort_workspace, layer.stream));
   check_cuda(kOp, permute(args, layer.stream));
+  return sm90::Known::offsets;
 }
 
 void set_rows(GroupedGemmArgs& args, const Layer& layer, const Intermediates& m, const QuantizedMatrix& a) {
@@ -319,7 +328,7 @@ Tensor run_layer(const Text& tactic, const Tensor& hidden_states, const Tensor& 
   const Tensor memory = empty({Intermediates(layer, nullptr).bytes}, ScalarType::Byte, hidden_states);
   const Intermediates m(layer, static_cast<uint8_t*>(memory.data_ptr()));
   const float* weights = pointer<const float>(topk_weights);
-  run_permute(layer, m, hidden_states, topk_ids, expert_map, apply_router_weight_on_input ? weights : nullptr);
+  fused.known = run_permute(layer, m, hidden_states, topk_ids, expert_map, apply_router_weight_on_input ? weights : nullptr);
   if (layer.fused) run_fused_gemms(layer, m, hidden_states, fused);
   else run_gemms(layer, m, gemm1, gemm2);
   return run_finalize(layer, m, hidden_states, apply_router_weight_on_input ? nullptr : weights, routed_scaling_factor);

@@ -47,6 +47,11 @@ __global__ void __launch_bounds__(kThreads) sort_permute_kernel(SortSlotsArgs so
   const int token = blockIdx.x, warp = threadIdx.x / kLanes, num_slots = static_cast<int>(sort.num_slots), first_slot = token * args.top_k;
   const int64_t chunk = int64_t(blockIdx.y) * kThreads + threadIdx.x;
   pdl_wait();
+  if (blockIdx.x == 0 && blockIdx.y == 0) {  // before the next kernel starts, which does not wait for this one before it draws tiles
+    for (int64_t i = threadIdx.x; i < sort.num_cleared; i += kThreads) sort.cleared[i] = 0;
+    __threadfence();
+    __syncthreads();
+  }
   pdl_launch_next();
   const Chunk<T> loaded = load_chunk(static_cast<const T*>(args.hidden_states) + token * args.out.k, chunk, args.out.k, vectorized);
   for (int slot = threadIdx.x; slot < num_slots; slot += kThreads) experts[slot] = static_cast<int16_t>(expert_of(sort, slot));
@@ -64,8 +69,6 @@ __global__ void __launch_bounds__(kThreads) sort_permute_kernel(SortSlotsArgs so
     const int offset = rank_of(experts, num_slots, e, 0);
     if (threadIdx.x % kLanes == 0) sort.expert_offsets[e] = offset;
   }
-  const int64_t thread = (int64_t(blockIdx.y) * gridDim.x + blockIdx.x) * kThreads + threadIdx.x;
-  for (int64_t i = thread; i < sort.num_cleared; i += int64_t(gridDim.x) * gridDim.y * kThreads) sort.cleared[i] = 0;
   const float* weight = args.topk_weights == nullptr ? nullptr : args.topk_weights + token;  // top_k is 1
   const float global_scale = args.global_scale.data == nullptr ? 1.f : *args.global_scale.data;
   const QuantizedChunk<kFormat> quantized = quantize_input<T, kFormat>(loaded, weight, global_scale);

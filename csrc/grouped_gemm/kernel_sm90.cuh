@@ -109,6 +109,7 @@ struct Config {
   static constexpr int kStoreTokens = kPacked ? kMaxTokens : 64, kStoreBytes = kWarpgroups * kStoreTokens * 128;
   static constexpr int kQuantBytes = kGated && kFloat8 ? 64 * (128 + 4 * 8 + 4) : 0;
   static constexpr int kStagingBytes = kStoreBytes > kQuantBytes ? kStoreBytes : kQuantBytes;
+  static constexpr bool kDrawsSeveral = !kSplit && kMaxTokens < 128;  // short tiles, at a time
   // Whether signal_acts() has a warp. Gathering takes all that there are: with two instead of three, layers were up to 10 % slower.
   static constexpr bool kSignalWarp = kGated && !kCanGather;
   static constexpr bool kAsksForActs = kSignalWarp && !kFloat8;  // float8 has two token warps, which ask as soon, and no room for the barriers
@@ -228,7 +229,7 @@ struct TileFinder {
   const Smem<C>& smem;
   int32_t gemm = 0, begin = 0, end = 0;                  // the tiles of this GEMM
   int32_t first_draw = 0, end_draw = 0, per_draw;        // its draws, of that many neighbouring tiles each
-  int32_t row_tiles, tiles_per_part;
+  int32_t row_tiles;
   int32_t expert, first_token_tile, token_tiles;         // of the tile found last
 
   __device__ TileFinder(const KernelParams& p, const Smem<C>& smem) : p(p), smem(smem) { start_gemm(); }
@@ -237,17 +238,12 @@ struct TileFinder {
   __device__ int32_t row_step() const { return C::kSplit ? p.gemm[gemm].tile_rows : both_parts() ? C::kRows / 2 : C::kRows; }
 
   __device__ void start_gemm() {
-    const int32_t step = row_step(), k_stages = p.gemm[gemm].k_stages;
-    tiles_per_part = (p.gemm[gemm].part_rows + step - 1) / step;
-    row_tiles = both_parts() ? tiles_per_part : tiles_per_part * p.gemm[gemm].parts;
+    row_tiles = p.gemm[gemm].row_tiles;
     begin = end;
     end += smem.tile_begin[p.num_experts] * row_tiles;
     per_draw = 1;
-    if (!C::kSplit && C::kMaxTokens < 128 && p.tile_counter != nullptr && k_stages <= kDrawStages / 2) {
-      // At most an eighth of what a thread block gets, so that they end together.
-      const int32_t most = min(min(kTileSlots / 2, kDrawStages / k_stages), (end - begin) / int32_t(8 * gridDim.x));
-      per_draw = max(1, most);
-    }
+    if constexpr (C::kDrawsSeveral)  // at most an eighth of what a thread block gets, so that they end together
+      while (per_draw < p.gemm[gemm].most_per_draw && (per_draw + 1) * int32_t(8 * gridDim.x) <= end - begin) ++per_draw;
     first_draw = end_draw;
     end_draw += per_draw == 1 ? end - begin : (end - begin + per_draw - 1) / per_draw;
     expert = p.num_experts - 1;
@@ -288,8 +284,8 @@ struct TileFinder {
     Tile tile = {};
     tile.gemm = gemm;
     tile.expert = expert;
-    tile.part = row_tiles == tiles_per_part ? 0 : row_tile / tiles_per_part;
-    tile.row = (row_tile - tile.part * tiles_per_part) * row_step();
+    if (!C::kGated) tile.part = row_tiles == p.gemm[gemm].tiles_per_part ? 0 : row_tile / p.gemm[gemm].tiles_per_part;
+    tile.row = (row_tile - tile.part * p.gemm[gemm].tiles_per_part) * row_step();
     set_tokens(tile, local - row_tile * token_tiles);
     return tile;
   }
@@ -359,6 +355,17 @@ __device__ __forceinline__ void count_tiles(const KernelParams& p, const Smem<C>
     const int last = min(first + C::kThreads, p.num_experts);
     before = {smem.offsets[last], smem.tile_begin[last]};
   }
+}
+
+// For count_tiles(): offsets[e + 1] = slots of expert e. Its barriers are for all threads.
+template <class C>
+__device__ __forceinline__ void count_slots(const KernelParams& p, const Smem<C>& smem) {
+  int expert = p.local_expert(threadIdx.x);
+  for (int e = threadIdx.x; e <= p.num_experts; e += C::kThreads) smem.offsets[e] = 0;
+  __syncthreads();  // zeroed
+  for (int slot = threadIdx.x; slot < p.num_slots; expert = p.local_expert(slot += C::kThreads))
+    if (expert >= 0) atomicAdd(smem.offsets + expert + 1, 1);
+  __syncthreads();  // offsets[e + 1] is complete
 }
 
 template <int kStages>

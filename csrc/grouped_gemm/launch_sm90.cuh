@@ -96,8 +96,15 @@ cudaError_t launch_kernel(const KernelParams& p, int64_t tiles, int num_sms, cud
   return launch(grouped_gemm_kernel<C>, dim3(unsigned(std::min<int64_t>(tiles, num_sms * C::kBlocksPerSm))), dim3(C::kThreads), C::kSmemBytes, stream, p);
 }
 
+// both_parts: of each tile. Returns GemmParams::row_tiles.
 template <class C>
-int64_t row_tiles(const GemmParams& g) { return tiles_of(g.part_rows, g.tile_rows) * g.parts; }
+int64_t set_tiles(GemmParams& g, bool drawn, bool both_parts = false) {
+  g.tiles_per_part = int32_t(tiles_of(g.part_rows, both_parts ? C::kRows / 2 : g.tile_rows));
+  g.row_tiles = g.tiles_per_part * (both_parts ? 1 : g.parts);
+  const bool several = C::kDrawsSeveral && drawn && 0 < g.k_stages && g.k_stages <= kDrawStages / 2;
+  g.most_per_draw = several ? std::min(kTileSlots / 2, kDrawStages / g.k_stages) : 1;
+  return g.row_tiles;
+}
 
 template <class C>
 cudaError_t launch_plain(const GroupedGemmArgs& args, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
@@ -108,7 +115,8 @@ cudaError_t launch_plain(const GroupedGemmArgs& args, int32_t* tile_counter, int
   p.tile_counter = tile_counter;
   p.num_gemms = 1;
   p.num_experts = args.num_experts;
-  return launch_kernel<C>(p, max_token_tiles(args.num_rows, args.num_experts, C::kMaxTokens) * row_tiles<C>(p.gemm[0]), num_sms, stream);
+  const int64_t row_tiles = set_tiles<C>(p.gemm[0], tile_counter != nullptr);
+  return launch_kernel<C>(p, max_token_tiles(args.num_rows, args.num_experts, C::kMaxTokens) * row_tiles, num_sms, stream);
 }
 
 // Weight rows of the tiles of both GEMMs: at most those of the tactic, or GEMM2's kRows. Halves of GEMM1's are another tactic (of 16 bits: 32 are).
@@ -150,6 +158,7 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   p.num_experts = f.gemm1.num_experts;
   p.gate_part = f.gate_part;
   p.act_format = f.act_format;
+  p.known = f.known;
   p.topk_ids = f.topk_ids;
   p.expert_map = f.expert_map;
   p.num_slots = int32_t(f.gemm1.num_rows);
@@ -175,8 +184,8 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   } else {
     p.gemm[0].out_stride = p.gemm[0].part_rows;
   }
-  const int64_t tiles1 = token_tiles * (C::kGated ? tiles_of(p.gemm[0].part_rows, C::kRows / 2) : row_tiles<C>(p.gemm[0]));
-  const int64_t tiles2 = token_tiles * row_tiles<C>(p.gemm[1]);
+  const int64_t tiles1 = token_tiles * set_tiles<C>(p.gemm[0], true, C::kGated);
+  const int64_t tiles2 = token_tiles * set_tiles<C>(p.gemm[1], true);
   if (f.tactic.gemm2_alone) {
     p.num_gemms = 1;
     if (auto e = launch_kernel<C>(p, tiles1, num_sms, stream)) return e;

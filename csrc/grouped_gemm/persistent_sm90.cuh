@@ -82,11 +82,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm_ker
   static_assert(sizeof(CUtensorMap) == 128 && offsetof(GemmParams, tokens) == 128);
   if (threadIdx.x < 12 && threadIdx.x / 6 < p.num_gemms)
     asm volatile("prefetch.tensormap [%0];" ::"l"(&p.gemm[threadIdx.x / 6].weights + threadIdx.x % 6) : "memory");
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == kLanes) {  // another warp for each of these, because they take long
     for (int s = 0; s < C::kStages; ++s) {
       smem.full[s].init(1 + (smem.gathered ? kGatherArrivals<C> : C::kSplit ? C::kTokenSteps * kLanes : kScaleArrivals<C>));  // weights, and tokens
       smem.empty[s].init(C::kConsumers);
     }
+    cutlass::arch::fence_barrier_init();
+  }
+  if (threadIdx.x == 2 * kLanes) {
     for (int s = 0; s < kTileSlots; ++s) {
       smem.tile_full[s].init(1);
       smem.tile_empty[s].init(C::kReaders);
@@ -94,13 +97,24 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm_ker
     }
     cutlass::arch::fence_barrier_init();
   }
-  pdl_wait();
   int32_t first_tile = blockIdx.x;
-  if (threadIdx.x == C::kConsumers && p.tile_counter != nullptr) first_tile = atomicAdd(p.tile_counter, 1);
-  if constexpr (C::kSplit) place_slots<C>(p, smem, expert);
-  else count_tiles<C>(p, smem, false);  // their barriers also publish the mbarriers
-  pdl_launch_next();
+  auto draw = [&] {
+    if (C::kSplit || p.known == Known::inputs) pdl_wait();
+    if (threadIdx.x == C::kConsumers && p.tile_counter != nullptr) first_tile = atomicAdd(p.tile_counter, 1);
+  };
+  if constexpr (C::kSplit) {
+    place_slots<C>(p, smem, expert, draw);
+  } else {  // the barriers also publish the mbarriers
+    draw();
+    const bool counts = C::kGated && p.known == Known::counters;
+    if (counts) count_slots<C>(p, smem);
+    count_tiles<C>(p, smem, counts);
+  }
   const int warp = __shfl_sync(~0u, int(threadIdx.x / kLanes) - C::kConsumers / kLanes, 0);  // uniform, see consume()
+  if (warp != 0) {  // which reads weights, inputs and counters alone
+    pdl_wait();
+    pdl_launch_next();
+  }
   if (warp >= 0) {
     if constexpr (C::kRebalanceRegisters) cutlass::arch::warpgroup_reg_dealloc<C::kProducerRegisters>();
     if (warp == 0) {

@@ -178,7 +178,8 @@ __device__ void load_weights(const KernelParams& p, const Smem<C>& smem, int32_t
         const int32_t tiles = finder.end - finder.begin;
         const bool dealt = gemm1_tiles <= grid || tiles < 8 * grid;
         const int32_t draws = dealt ? grid : 8 * grid, draw = !dealt ? number - gemm1_tiles : first ? blockIdx.x : draws;
-        auto first_tile = [&](int32_t i) { return i < draws ? finder.begin + int32_t(int64_t(tiles) * i / draws) : finder.end; };
+        const int32_t each = tiles / draws, more = tiles - each * draws;  // tiles * i / draws, in 32 bits
+        auto first_tile = [&](int32_t i) { return i < draws ? finder.begin + each * i + more * i / draws : finder.end; };
         index = first_tile(draw);
         last = first_tile(draw + 1);
         if (index == last) index = finder.end;  // fewer tiles than thread blocks

@@ -13,6 +13,12 @@ namespace moe {
 // grid-th tile.
 cudaError_t grouped_gemm_sm90_counted(const GroupedGemmArgs&, int32_t* tile_counter, cudaStream_t stream);
 
+namespace sm90 {
+// What is complete before the kernel before this one starts, so that this one finds its first tiles while that runs: beside the inputs nothing,
+// or expert_offsets and the counters (`sync`), or the counters alone once that kernel lets this one start: then slots are counted anew.
+enum class Known { inputs, offsets, counters };
+}  // namespace sm90
+
 // Both GEMMs of a gated layer in one launch:
 //   act[r] = quantize(activation(a[r] @ w13[e])), out[r] = act[r] @ w2[e]   for rows r of expert e
 // gemm1.out is act [num_rows, n / 2] = gemm2.a, and gemm2.a_scale.data is where its scales (float8) are written and read.
@@ -22,6 +28,7 @@ struct FusedGemms {
   ActivationParams activation;
   int32_t gate_part = 0;     // which of the two parts of w13 is the gate (0: gate_up, 1: up_gate)
   int32_t* sync = nullptr;   // counters: must be 0; the launch leaves them used up
+  sm90::Known known = sm90::Known::inputs;
   int32_t top_k = 0;
   Format act_format = Format::bf16;     // packed: what act, and split's tokens, are rounded to, if it is a rounded one
   // gathered128: row r of GEMM1 is row row_to_slot[r] / top_k of gemm1.a, whose scales are K-major.
@@ -69,6 +76,9 @@ struct GemmParams {
   int32_t k_stages;                // what K fills, of Config::kStageBlocks K blocks each
   int32_t k_blocks;                // float8: 1 x 128 scales of a token
   int32_t tile_rows;               // of a tile: Config::kRows, or (split) fewer; float8: within one block of 128
+  // Divisions that the kernel would make before it can load anything. GEMM1 of gated kernels: of both parts together.
+  int32_t row_tiles, tiles_per_part;  // for each token tile
+  int32_t most_per_draw;
   DType out_dtype, bias_dtype;
 };
 
@@ -90,6 +100,7 @@ struct KernelParams {
   DType hidden_dtype;
   int32_t gate_part;
   Format act_format;               // see FusedGemms
+  Known known;                     // of two fused GEMMs
   int32_t* ready;                  // gated: [token tiles] 0 at the start: parts of act that are complete
   int32_t ready_count;             // what makes a token tile of act complete
   float* act_scale;                // gated, float8: 1 x 128 scales of act

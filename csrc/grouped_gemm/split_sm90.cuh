@@ -11,9 +11,9 @@
 namespace moe::sm90 {
 
 // The rows of few slots, sorted stably by expert: smem.offsets, tile_begin, and row_tokens, the token of each row. Its barriers are for all
-// threads. `expert`: of slot threadIdx.x; -1: none.
-template <class C>
-__device__ void place_slots(const KernelParams& p, const Smem<C>& smem, int expert) {
+// threads. `expert`: of slot threadIdx.x; -1: none. `draw` is called as soon as the kernel before has to be waited for.
+template <class C, class F>
+__device__ __forceinline__ void place_slots(const KernelParams& p, const Smem<C>& smem, int expert, F&& draw) {
   static_assert(kMaxSplitSlots <= C::kThreads && kMaxSplitSlots % 8 == 0 && C::kStagingBytes >= 256 + 2 * kMaxSplitSlots);
   auto experts = reinterpret_cast<int16_t*>(smem.staging_ptr + 256);  // of each slot; count_tiles() uses the bytes before
   for (int e = threadIdx.x; e <= p.num_experts; e += C::kThreads) smem.offsets[e] = 0;
@@ -31,6 +31,7 @@ __device__ void place_slots(const KernelParams& p, const Smem<C>& smem, int expe
     }
   }
   __syncthreads();  // offsets[e + 1] = slots of expert e
+  draw();
   count_tiles<C>(p, smem, true);
   if (expert >= 0) smem.row_tokens[smem.offsets[expert] + rank] = token;
   __syncthreads();  // row_tokens is complete

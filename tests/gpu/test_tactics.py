@@ -10,6 +10,7 @@ import torch
 from gpu_layers import (
     BF16_LAYOUT,
     DEVICE,
+    LAYER,
     ROUNDED,
     W4A8,
     layer,
@@ -109,6 +110,33 @@ def test_many_calls_give_the_same_bits(sm90_product: str) -> None:
         outputs = [with_tactic(call, tactic)]
         outputs += [call(partial(torch.ops.moe.fused_moe_with_tactic, tactic)) for _ in range(400)]
         different = sum(not torch.equal(output, expected) for output in outputs)
+        assert different == 0, f"{tactic}: {different} of {len(outputs)}"
+
+
+@pytest.mark.parametrize("num_tokens", [1, 6, 48, 320])
+def test_routing_of_the_kernel_before(sm90_product: str, num_tokens: int) -> None:
+    """Tiles are found while the kernels before run, and act is looked for while it is written: nothing of the calls
+    before, which had the same memory for other routings, may be taken for this one's."""
+    call = layer(sm90_product, num_tokens)
+    logits = torch.randn(3, num_tokens, LAYER["num_experts"], device=DEVICE)
+
+    def run(tactic: str, index: int, wait: bool) -> torch.Tensor:
+        topk_weights, topk_ids = torch.ops.moe.topk(logits[index], LAYER["top_k"])
+        if wait:
+            torch.cuda.synchronize()
+        routed = call.but(*call.args[:3], topk_weights, topk_ids)
+        return routed(partial(torch.ops.moe.fused_moe_with_tactic, tactic))
+
+    for tactic in possible_tactics(sm90_product, split=num_tokens <= 48):
+        expected = [run(tactic, index, wait=True) for index in range(3)]
+        graph, outputs = torch.cuda.CUDAGraph(), []
+        with torch.cuda.graph(graph):
+            for _ in range(10):
+                outputs += [run(tactic, index, wait=False) for index in range(3)]
+        for _ in range(5):
+            graph.replay()
+        torch.cuda.synchronize()
+        different = sum(not torch.equal(output, expected[i % 3]) for i, output in enumerate(outputs))
         assert different == 0, f"{tactic}: {different} of {len(outputs)}"
 
 
