@@ -45,6 +45,15 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t m0, ui
 // Staging is [tokens][8 chunks of 16 bytes], chunk c of token t at c ^ (t % 8): no bank conflicts on either side.
 __device__ __forceinline__ uint32_t staged(int token, int chunk) { return token * 128 + (chunk ^ (token % 8)) * 16; }
 
+// Before staging that TMA stores from (store_tile()) is written again, or the thread block ends, by all lanes of the warp that stored.
+template <class C>
+__device__ __forceinline__ void wait_stores() {
+  if constexpr (C::kStoresTiles) {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    __syncwarp();
+  }
+}
+
 // nvfp4: what products of one part of a GEMM's weights are multiplied by, which come as 1 / kUnpackedScale of what they are.
 template <class C>
 __device__ __forceinline__ float load_global_scale(const KernelParams& p, int gemm, int part, int expert) {
@@ -239,6 +248,7 @@ struct NarrowEpilogue {
   }
 
   __device__ __forceinline__ void run() {
+    wait_stores<C>();
     if constexpr (C::kPacked) apply_global_scales();
     if (g.bias != nullptr) unrolled<C::kWaves>([&](auto w) { add_bias(w); });
     if constexpr (C::kGated) {

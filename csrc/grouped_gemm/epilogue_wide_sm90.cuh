@@ -51,12 +51,23 @@ struct WideEpilogue {
     __syncwarp();  // read before it is written again
   }
 
+  // The same of 16 bits by TMA, where all tokens and columns exist; wait_stores() before staging is used again.
+  __device__ __forceinline__ void store_tile(int32_t column) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+    if (lane > 0) return;
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&g.out_tiles), "r"(staging), "r"(column),
+                 "r"(tile.token + warp_token) : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+  }
+
   // out[token, column .. column + kColumns) = total[kFirst ..]; `columns` of them exist.
   template <int kFirst, int kColumns>
   __device__ __forceinline__ void store_16bit(int32_t column, int32_t columns) {
 #pragma unroll
     for (int first = 0; first < kColumns; first += 64) {
       if (first >= columns) break;
+      if (first > 0 || kFirst > 0) wait_stores<C>();
       auto packed = [&](int group, int half) {
         const int i = kFirst + 4 * (first / 8 + group) + 2 * half;
         return pack_16bit(g.out_dtype, total[i], total[i + 1]);
@@ -65,7 +76,8 @@ struct WideEpilogue {
       for (int group = 0; group < 8; group += 2)
         store_matrices(staging + staged((lane / 8) % 2 * 8 + lane % 8, group + lane / 16), packed(group, 0), packed(group, 1),
                        packed(group + 1, 0), packed(group + 1, 1));
-      copy_out(static_cast<uint8_t*>(g.out) + 2 * (column + first), 2 * int64_t(g.out_stride), 2 * (columns - first));
+      if (C::kStoresTiles && g.stores_tiles && warp_token + 16 <= tile.valid_tokens && columns - first >= 64) store_tile(column + first);
+      else copy_out(static_cast<uint8_t*>(g.out) + 2 * (column + first), 2 * int64_t(g.out_stride), 2 * (columns - first));
     }
   }
 
@@ -148,6 +160,7 @@ struct WideEpilogue {
   }
 
   __device__ __forceinline__ void run() {
+    wait_stores<C>();
     if (g.bias != nullptr) {
       if constexpr (kHalfWide) add_bias<0>(warpgroup);
       else unrolled<C::kWaves>([&](auto w) { add_bias<w * 64>(w); });

@@ -82,6 +82,7 @@ struct Config {
   // With narrow tiles of 64 tokens beside wide ones of two waves, ptxas runs out of registers and makes every wgmma wait (C7511): those kernels
   // have half-wide ones, which take the wide ones' loop.
   static constexpr bool kHasHalfWide = kHasWide && kWaves == 2;
+  static constexpr bool kStoresTiles = kHasWide && kFloat8;  // by TMA, not by the consumers (history, 37)
   static constexpr int kExtraTokens = kHasHalfWide && !kFloat8 ? sm90::kExtraTokens : 0;  // of tall tiles; with one wave they would cost a stage of six
   // Tiles of 48 tokens. Packed weights are unpacked or multiplied, hardly both at a time (history, 34), so that less to multiply counts; with 16-bit
   // tokens those kernels have no registers for one loop more.

@@ -48,6 +48,19 @@ cudaError_t make_packed_map(CUtensorMap* map, const void* data, int64_t k_blocks
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+template <class C>
+cudaError_t fill_out_tiles(GemmParams& g, const GroupedGemmArgs& args) {
+  g.stores_tiles = C::kStoresTiles && args.out_dtype != DType::float32;
+  if (!g.stores_tiles) return cudaSuccess;
+  const EncodeTensorMap encode = encode_tensor_map();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const cuuint64_t size[2] = {cuuint64_t(args.n), cuuint64_t(args.num_rows)}, stride[1] = {cuuint64_t(args.n) * 2};
+  const cuuint32_t box[2] = {64, 16}, step[2] = {1, 1};
+  const CUresult status = encode(&g.out_tiles, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, args.out, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 // tile_rows: C::kRows, or (split) fewer. tokens_by_tma: else they need no tensor maps.
 template <class C>
 cudaError_t fill_gemm(GemmParams& g, const GroupedGemmArgs& args, int32_t tile_rows = C::kRows, bool tokens_by_tma = true) {
@@ -110,6 +123,7 @@ template <class C>
 cudaError_t launch_plain(const GroupedGemmArgs& args, int32_t* tile_counter, int num_sms, cudaStream_t stream) {
   KernelParams p{};
   if (auto e = fill_gemm<C>(p.gemm[0], args)) return e;
+  if (auto e = fill_out_tiles<C>(p.gemm[0], args)) return e;
   p.expert_offsets = args.expert_offsets;
   p.expert_rows = args.expert_rows;
   p.tile_counter = tile_counter;
@@ -151,6 +165,7 @@ cudaError_t launch_fused(const FusedGemms& f, int num_sms, cudaStream_t stream) 
   const auto [rows1, rows2] = fused_rows<C>(f, num_sms);
   if (auto e = fill_gemm<C>(p.gemm[0], f.gemm1, rows1, !C::kSplit && f.row_to_slot == nullptr)) return e;
   if (auto e = fill_gemm<C>(p.gemm[1], f.gemm2, rows2, !C::kSplit)) return e;
+  if (auto e = fill_out_tiles<C>(p.gemm[1], f.gemm2)) return e;
   const int64_t token_tiles = max_token_tiles(f.gemm1.num_rows, f.gemm1.num_experts, C::kMaxTokens);
   const int32_t groups = (f.gemm2.k + 127) / 128;
   p.expert_offsets = f.gemm1.expert_offsets;

@@ -20,7 +20,7 @@ __device__ __forceinline__ void consume(const KernelParams& p, const Smem<C>& sm
     const Tile& tile = wait_tile(smem, slot);
     const uint32_t state = uniform(tile.size | (is_tall<C>(tile) || has_48<C>(tile)) << 7 | tile.gemm << 8 | pipe.phase << 9 | pipe.stage << 10);
     const int size = state & 0x7f;
-    if (size == 0) return;
+    if (size == 0) return wait_stores<C>();
     const GemmParams& g = p.gemm[C::kFused ? state >> 8 & 1 : 0];
     const int k_stages = g.k_stages;
     pipe = {int(state >> 10), state >> 9 & 1};

@@ -69,6 +69,7 @@ struct GemmParams {
   // blocks of 64 rows, num_experts * parts), box: the blocks of a stage and of up to 128 rows.
   CUtensorMap weights;
   CUtensorMap tokens[5];           // (k, num_rows), box 128 bytes x 8, 16, 32, 64, 128 tokens
+  CUtensorMap out_tiles;           // if stores_tiles: (out_stride, num_rows), 16 bits, box 64 x 16: what a warp of a wide tile stores at once
   void* out;
   const void* bias;
   ScaleView a_scale, b_scale, a_global_scale, b_global_scale;
@@ -80,6 +81,7 @@ struct GemmParams {
   int32_t row_tiles, tiles_per_part;  // for each token tile
   int32_t most_per_draw;
   DType out_dtype, bias_dtype;
+  bool stores_tiles;
 };
 
 struct KernelParams {
