@@ -136,12 +136,12 @@ def test_choices() -> None:
         "\n".join(lines),
         """\
 dsv3_tp8     1  split32           split32           split64           split64
-dsv3_tp8     8  split64           gated64           gated64           gated64
+dsv3_tp8     8  split64           split128          gated64           gated64
 dsv3_tp8   128  gated64           gated64           gated32           gated64
 dsv3_tp8   512  gathered128       gated64           gated64           gated64
 dsv3_tp8  8192  gathered128       gathered128       gathered128       gated64
 dsv3_ep8     1  split32           split32           split64           split64
-dsv3_ep8     8  split64           gated64           gated64           gated64
+dsv3_ep8     8  split64           split128          gated64           gated64
 dsv3_ep8   128  gated64           gated64           gated32           gated64
 dsv3_ep8   512  gated128          gated64           gated64           gated64
 dsv3_ep8  8192  gated128          gated128          gated128          gated64
