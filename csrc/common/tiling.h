@@ -16,7 +16,7 @@ constexpr int kMaxThreads = 256, kLanes = 32;
 // independent loads a thread.
 constexpr int64_t kChunksOfOneWave = 1 << 18;
 
-// With fewer, thread blocks are small, so that more SMs have some: each waits for what it loads.
+// With fewer, thread blocks are small: then finalize's find room beside thread blocks of a GEMM that has not ended, and wait there (HISTORY, 37).
 constexpr int64_t kChunksOfFewBlocks = 1 << 15, kFewThreads = 64;
 
 struct Tiling {

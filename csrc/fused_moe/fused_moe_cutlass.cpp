@@ -128,7 +128,7 @@ void check_gemm(const char* argument, const char* reason) {
 // sort_slots and permute; one launch for few slots, else two or three. Gather: sort_slots and quantize. Split: sort_slots alone. Returns what is
 // complete before the last of these launches starts.
 sm90::Known run_permute(const Layer& layer, const Intermediates& m, const Tensor& hidden_states, const Tensor& topk_ids,
-                 const std::optional<Tensor>& expert_map, const float* topk_weights) {
+                        const std::optional<Tensor>& expert_map, const float* topk_weights) {
   SortSlotsArgs sort;
   sort.topk_ids = pointer<const int32_t>(topk_ids);
   sort.expert_map = pointer<const int32_t>(expert_map);

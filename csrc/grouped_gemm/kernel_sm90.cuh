@@ -2,9 +2,9 @@
 //   out[r, n] = sum_k tokens[r, k] * weights[e, n, k] for rows r that expert e uses
 //
 // One persistent thread block per SM (two of some packed kernels) draws tiles (gemm, expert, weight rows, tokens) from a counter in device
-// memory and finds them in expert_offsets. Drawn in order, tiles with the same weight rows run at the same time, so that memory is read once
-// for all of them (dealt out in advance, thread blocks drift apart: DeepSeek-V3 EP8 in bf16 read its weights twice at 8192 tokens, and was
-// bound by that). The tokens of a neighbouring expert that a tile reads are never stored.
+// memory and finds them in expert_offsets, where it can (Known) while the kernel before still runs. Drawn in order, tiles with the same weight
+// rows run at the same time, so that memory is read once for all of them (dealt out in advance, thread blocks drift apart: DeepSeek-V3 EP8 in
+// bf16 read its weights twice at 8192 tokens, and was bound by that). The tokens of a neighbouring expert that a tile reads are never stored.
 //
 //   producer warp 0: draws tiles; TMA of weights, 128 or 256 bytes of K a stage, 128-byte swizzle (packed ones: bulk copies)
 //   producer warps 1 to kTokenWarps: TMA of tokens (or gather_sm90.cuh, split_sm90.cuh), and for float8 products of the float32 scales (any
@@ -110,7 +110,7 @@ struct Config {
   static constexpr int kStoreTokens = kPacked ? kMaxTokens : 64, kStoreBytes = kWarpgroups * kStoreTokens * 128;
   static constexpr int kQuantBytes = kGated && kFloat8 ? 64 * (128 + 4 * 8 + 4) : 0;
   static constexpr int kStagingBytes = kStoreBytes > kQuantBytes ? kStoreBytes : kQuantBytes;
-  static constexpr bool kDrawsSeveral = !kSplit && kMaxTokens < 128;  // short tiles, at a time
+  static constexpr bool kDrawsSeveral = !kSplit && kMaxTokens < 128;  // of short tiles, at a time
   // Whether signal_acts() has a warp. Gathering takes all that there are: with two instead of three, layers were up to 10 % slower.
   static constexpr bool kSignalWarp = kGated && !kCanGather;
   static constexpr bool kAsksForActs = kSignalWarp && !kFloat8;  // float8 has two token warps, which ask as soon, and no room for the barriers

@@ -48,6 +48,7 @@ cudaError_t make_packed_map(CUtensorMap* map, const void* data, int64_t k_blocks
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// GemmParams::out_tiles, if there are.
 template <class C>
 cudaError_t fill_out_tiles(GemmParams& g, const GroupedGemmArgs& args) {
   g.stores_tiles = C::kStoresTiles && args.out_dtype != DType::float32;
