@@ -27,17 +27,23 @@ class Answer:
     margins: list[float]
 
 
-def free_port() -> int:
+def reserve_port() -> tuple[int, socket.socket]:
     """One that nothing listens on, and that no system hands out by itself: until the server listens there, its own
-    ranks have opened many connections, and one of these may get any port above."""
+    ranks have opened many connections, and one of these may get any port above.
+
+    No other process gets it from here until the socket, a datagram one of this number, is closed: servers of two tests
+    that ran at a time once had the same port.
+    """
     for port in random.sample(PORTS, len(PORTS)):
-        with socket.socket() as free:
-            try:
+        reservation = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            reservation.bind(("127.0.0.1", port))
+            with socket.socket() as free:
                 free.bind(("127.0.0.1", port))
-                return port
-            except OSError:
-                pass
-    raise RuntimeError(f"something listens on each of the ports {PORTS.start} to {PORTS.stop - 1}")
+            return port, reservation
+        except OSError:
+            reservation.close()
+    raise RuntimeError(f"each of the ports {PORTS.start} to {PORTS.stop - 1} is taken")
 
 
 class Server:
@@ -59,7 +65,7 @@ class Server:
         patience: float = 120,
     ) -> None:
         """`start`: seconds until it must answer; `patience`: seconds that one answer may take."""
-        port = free_port()
+        port, self.reservation = reserve_port()
         self.url = f"http://127.0.0.1:{port}"
         command = ["timeout", "--signal=KILL", str(life), python, "-m", "sglang.launch_server"]
         command += ["--model-path", model, "--port", str(port), *flags]
@@ -98,6 +104,7 @@ class Server:
         except ProcessLookupError:
             pass
         self.process.wait()
+        self.reservation.close()
 
     def get(self, path: str, body: bytes | None = None, patience: float | None = None) -> bytes:
         """The answer, to a POST request if there is a body; urllib's HTTPError is an OSError."""

@@ -7,8 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sglang_server
 import torch
-from sglang_server import Answer, free_port
+from sglang_server import Answer, reserve_port
 
 import torch_moe_ops as moe
 
@@ -50,7 +51,21 @@ def test_prompts_are_the_same_every_time_and_of_the_lengths_asked_for(serving) -
 def test_a_servers_port_is_none_that_the_system_hands_out() -> None:
     """Among those, a connection of the server's own ranks once had it before the server listened there."""
     low, high = map(int, RANGE.read_text().split())
-    assert not [port for port in (free_port() for _ in range(100)) if low <= port <= high]
+    for _ in range(100):
+        port, reservation = reserve_port()
+        reservation.close()
+        assert not low <= port <= high
+
+
+def test_a_reserved_port_is_nobody_elses(monkeypatch) -> None:
+    port, reservation = reserve_port()
+    monkeypatch.setattr(sglang_server, "PORTS", range(port, port + 1))
+    with pytest.raises(RuntimeError, match=f"each of the ports {port} to {port} is taken"):
+        reserve_port()
+    reservation.close()
+    again, reservation = reserve_port()
+    reservation.close()
+    assert again == port
 
 
 class FakeServer:
