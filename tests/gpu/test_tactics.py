@@ -115,8 +115,8 @@ def test_many_calls_give_the_same_bits(sm90_product: str) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 6, 48, 320])
 def test_routing_of_the_kernel_before(sm90_product: str, num_tokens: int) -> None:
-    """Tiles are found while the kernels before run, and act is looked for while it is written: nothing of the calls
-    before, which had the same memory for other routings, may be taken for this one's."""
+    """Tiles are found while the kernels before run, and split ones look for gate_up while it is written: nothing of the
+    calls before, which had the same memory for other routings, may be taken for this one's."""
     call = layer(sm90_product, num_tokens)
     logits = torch.randn(3, num_tokens, LAYER["num_experts"], device=DEVICE)
 
