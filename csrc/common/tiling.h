@@ -16,7 +16,7 @@ constexpr int kMaxThreads = 256, kLanes = 32;
 // independent loads a thread.
 constexpr int64_t kChunksOfOneWave = 1 << 18;
 
-// With fewer, thread blocks are small: then finalize's find room beside thread blocks of a GEMM that has not ended, and wait there (HISTORY, 37).
+// With fewer, thread blocks are small: finalize's then find room beside those of a GEMM that has not ended (history, 37).
 constexpr int64_t kChunksOfFewBlocks = 1 << 15, kFewThreads = 64;
 
 struct Tiling {

@@ -53,13 +53,8 @@ template <class C>
 cudaError_t fill_out_tiles(GemmParams& g, const GroupedGemmArgs& args) {
   g.stores_tiles = C::kStoresTiles && args.out_dtype != DType::float32;
   if (!g.stores_tiles) return cudaSuccess;
-  const EncodeTensorMap encode = encode_tensor_map();
-  if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t size[2] = {cuuint64_t(args.n), cuuint64_t(args.num_rows)}, stride[1] = {cuuint64_t(args.n) * 2};
-  const cuuint32_t box[2] = {64, 16}, step[2] = {1, 1};
-  const CUresult status = encode(&g.out_tiles, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, args.out, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  if (args.out_dtype == DType::float16) return make_tensor_map<__half>(&g.out_tiles, args.out, args.n, args.num_rows, 0, 16);
+  return make_tensor_map<__nv_bfloat16>(&g.out_tiles, args.out, args.n, args.num_rows, 0, 16);
 }
 
 // tile_rows: C::kRows, or (split) fewer. tokens_by_tma: else they need no tensor maps.
