@@ -84,6 +84,7 @@ class Run:
             flags=self.flags("BACKEND"),
             together=args.together,
             random_weights=self.is_dummy(),
+            date=time.strftime("%Y-%m-%d"),
         )
 
     def is_dummy(self) -> bool:
@@ -146,7 +147,9 @@ def machine() -> dict[str, str]:
     code = "import torch, sglang; print(torch.__version__, sglang.__version__)"
     versions = output([sys.executable, "-c", code]).split()
     names = dict(zip(("torch", "sglang"), versions[-2:], strict=False))
-    return {"gpu": output(query) or "none", "cpu": platform.processor() or platform.machine(), **names}
+    code = "from torch_moe_ops.build_info import build_info; print(build_info()['commit'])"
+    commit = output([sys.executable, "-c", code]) or "unknown"
+    return {"gpu": output(query) or "none", "cpu": platform.processor() or platform.machine(), **names, "commit": commit}
 
 
 def output(command: Sequence[str]) -> str:

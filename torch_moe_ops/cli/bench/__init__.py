@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget-s", type=not_negative, default=math.inf, help="start no point after this many seconds"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON Lines")
-    parser.add_argument("--commit", help="recorded in the results (default: git's HEAD, else the build's)")
+    parser.add_argument("--commit", help="recorded in the results (default: the build's, else git's HEAD)")
     parser.add_argument(
         "--tiny", action="store_true", help="one small layer, on the CPU if there is no GPU: a self-test"
     )
