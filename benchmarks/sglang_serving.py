@@ -148,8 +148,8 @@ def machine() -> dict[str, str]:
     versions = output([sys.executable, "-c", code]).split()
     names = dict(zip(("torch", "sglang"), versions[-2:], strict=False))
     code = "from torch_moe_ops.build_info import build_info; print(build_info()['commit'])"
-    commit = output([sys.executable, "-c", code]) or "unknown"
-    return {"gpu": output(query) or "none", "cpu": platform.processor() or platform.machine(), **names, "commit": commit}
+    names["commit"] = output([sys.executable, "-c", code]) or "unknown"
+    return {"gpu": output(query) or "none", "cpu": platform.processor() or platform.machine(), **names}
 
 
 def output(command: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ NAMES = {
     "intermediate_size": ("moe_intermediate_size", "intermediate_size"),
     "hidden_size": ("hidden_size",),
 }
+MODELOPT_BLOCKS = ("FP8_PB_WO", "FP8_BLOCK_SCALES")  # of 128x128
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
 
 
@@ -48,7 +49,7 @@ def read_config(config: dict, tp: int = 1, ep: int = 1, dtype: str = "auto") -> 
     SGLang's --tp counts all ranks and --ep divides them: tp / ep ranks share an expert.
     """
     text = text_config(config)
-    for model in OWN_EXPERTS.intersection(config.get("architectures") or ()):
+    for model in OWN_EXPERTS.intersection(architectures(config)):
         raise ValueError(f"expected {supported()}, got {own_experts(model)}")
     found = {}
     for name, aliases in NAMES.items():
@@ -69,6 +70,14 @@ def read_config(config: dict, tp: int = 1, ep: int = 1, dtype: str = "auto") -> 
     return experts
 
 
+def architectures(config: dict) -> list[str]:
+    """The model's classes, with the one that SGLang takes for Mixtral in other quantisations than these."""
+    names = list(config.get("architectures") or ())
+    quantisation = config.get("quantization_config")
+    others = quantisation is not None and quantisation.get("quant_method") not in ("fp8", "compressed-tensors")
+    return names + ["QuantMixtralForCausalLM"] * (others and "MixtralForCausalLM" in names)
+
+
 def text_config(config: dict) -> dict:
     """What a model of several kinds of input says of its text, at the top."""
     if not isinstance(config, dict):
@@ -79,6 +88,8 @@ def text_config(config: dict) -> dict:
 def has_blocks(config: dict) -> bool:
     """Of FP8 experts: whether the checkpoint stores scales of blocks, not of whole tensors."""
     quantisation = config.get("quantization_config") or config.get("compression_config")
+    if modelopt_algorithm(quantisation) in MODELOPT_BLOCKS:
+        return True
     groups = quantisation.get("config_groups", {}).values()
     strategies = {(group.get("weights") or {}).get("strategy") for group in groups}
     return quantisation.get("weight_block_size") is not None or "block" in strategies
@@ -116,17 +127,21 @@ def _quantised_format(quantisation: dict) -> tuple[str | None, str]:
         weights, activations = group.get("weights") or {}, group.get("input_activations") or {}
         return _compressed_format(weights, activations), f"compressed-tensors with {weights} and {activations}"
     if method.startswith("modelopt"):
-        inner = quantisation.get("quantization") or quantisation
-        algorithm = quantisation.get("quant_algo") or inner.get("quant_algo")
-        if algorithm == "MIXED_PRECISION":
-            layers = (inner.get("quantized_layers") or {}).items()
-            algorithms = {layer.get("quant_algo") for name, layer in layers if ".experts" in name}
-            algorithm = (
-                algorithms.pop() if len(algorithms) == 1 else "MIXED_PRECISION, with experts in no or several formats"
-            )
-        format = "fp8_block" if algorithm == "FP8" else "nvfp4" if "NVFP4" in str(algorithm) else None
-        return format, f"ModelOpt's {algorithm}"
+        algorithm = modelopt_algorithm(quantisation)
+        formats = {"FP8": "fp8_block", "MXFP8": "mxfp8"} | dict.fromkeys(MODELOPT_BLOCKS, "fp8_block")
+        return "nvfp4" if "NVFP4" in algorithm else formats.get(algorithm), f"ModelOpt's {algorithm}"
     return {"mxfp8": "mxfp8", "mxfp4": "mxfp4", "w8a8_int8": "int8"}.get(method), f"quant_method {method}"
+
+
+def modelopt_algorithm(quantisation: dict) -> str:
+    """Of the experts. SGLang has MXFP8 and FP8 in blocks in mixed precision alone, where each layer names its own."""
+    inner = quantisation.get("quantization") or quantisation
+    algorithm = str(quantisation.get("quant_algo") or inner.get("quant_algo"))
+    if algorithm != "MIXED_PRECISION":
+        return f"{algorithm} of all layers" if algorithm in ("MXFP8", *MODELOPT_BLOCKS) else algorithm
+    layers = (inner.get("quantized_layers") or {}).items()
+    algorithms = {str(layer.get("quant_algo")) for name, layer in layers if ".experts" in name}
+    return algorithms.pop() if len(algorithms) == 1 else f"{algorithm}, with experts in no or several formats"
 
 
 def _compressed_format(weights: dict, activations: dict) -> str | None:

@@ -3,6 +3,7 @@
     create_moe_runner of every class in METHODS     gives the layer to layer.LayerRunner
     FusedMoE.__init__                               refuses a layer that was not given
     model_loader.loader._initialize_model           refuses a model whose experts are no such layers
+    WeightUpdater's methods that load alone         derive anew what was derived from the weights
     ModelOptNvFp4FusedMoEMethod.__init__, CompressedTensorsW4A4Nvfp4MoE.__init__,
     CompressedTensorsConfig.get_quant_method        accept what SGLang has no kernel for on this device, but we do
 
@@ -17,13 +18,20 @@ from pkgutil import resolve_name
 
 from torch import nn
 
-from .layer import LayerRunner
+from .layer import NO_UPDATES, LayerRunner
 from .methods import METHODS
 from .support import NAME, OWN_EXPERTS, Unsupported, own_experts
 
 QUANTISATION = "sglang.srt.layers.quantization"
 COMPRESSED = f"{QUANTISATION}.compressed_tensors"
 LAYER = "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE"
+UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater:WeightUpdater"
+UPDATES = (  # after which SGLang does not call process_weights_after_loading()
+    "update_weights_from_tensor",
+    "update_weights_from_distributed",  # 0.5.17
+    "load_weights_from_distributed",
+    "update_weights_from_ipc",
+)
 
 
 def register_name() -> None:
@@ -57,6 +65,8 @@ def register_hooks() -> None:
     hooks[f"{QUANTISATION}.modelopt_quant:ModelOptNvFp4FusedMoEMethod.__init__"] = init_nvfp4
     hooks[f"{COMPRESSED}.schemes.compressed_tensors_w4a4_nvfp4_moe:CompressedTensorsW4A4Nvfp4MoE.__init__"] = init_nvfp4
     hooks[f"{COMPRESSED}.compressed_tensors:CompressedTensorsConfig.get_quant_method"] = get_quant_method
+    updates = (name for name in UPDATES if hasattr(resolve_name(UPDATER), name))
+    hooks |= {f"{UPDATER}.{name}": update_weights for name in updates}
     for target, hook in hooks.items():
         resolve_name(target)  # SGLang only logs a hook that does not apply; this raises
         HookRegistry.register(target.replace(":", "."), hook, HookType.AROUND)
@@ -128,6 +138,15 @@ def build_model(original: Callable, *args: object, **options: object) -> nn.Modu
         if name in OWN_EXPERTS or (routes and not any(map(is_taken_over, modules))):
             raise Unsupported(own_experts(name))
     return model
+
+
+def update_weights(original: Callable, updater: object, *args: object, **options: object) -> object:
+    """An update of weights while the server runs, or a part of one."""
+    result = original(updater, *args, **options)
+    for layer in filter(is_taken_over, updater.get_model().modules()):
+        if getattr(layer, NO_UPDATES, None) is None:
+            layer.quant_method.runner.stored.prepare(layer)
+    return result
 
 
 def is_taken_over(layer: nn.Module) -> bool:

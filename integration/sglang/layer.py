@@ -153,6 +153,8 @@ def choose_backend(stored: Stored, layer: torch.nn.Module, activation: str, top_
     w2 = getattr(layer, "w2_weight", None)
     if w2 is None:  # compressed-tensors' name for packed values
         w2 = layer.w2_weight_packed
+    if w2.device.type == "meta":
+        raise Unsupported("a model that SGLang builds without memory, as with --load-format layered")
     bias = getattr(layer, "w13_weight_bias", None)
     facts = {
         "device": w2.device,

@@ -32,13 +32,17 @@ DTYPE_FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 GATED_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_tanh"}
 OTHER_ACTIVATIONS = {"silu": "silu_no_mul", "gelu": "gelu_no_mul", "relu2": "relu2_no_mul"}
 
-# Models whose code calls SGLang's kernels itself, or routes (Inkling) in a form that only these read.
+# Models whose code calls SGLang's kernels itself (QuantMixtral: what SGLang makes of Mixtral in most quantisations),
+# routes (Inkling) in a form that only these read, or names the runners that it takes (Beam).
 OWN_EXPERTS = {
     "AfmoeForCausalLM",
+    "BeamForCausalLM",
     "DbrxForCausalLM",
     "DeepseekForCausalLM",
     "InklingForConditionalGeneration",
     "InklingForConditionalGenerationMTP",
+    "MuseSparkForConditionalGeneration",
+    "QuantMixtralForCausalLM",
     "XverseMoeForCausalLM",
 }
 

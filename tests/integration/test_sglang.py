@@ -524,6 +524,15 @@ def test_scales_shared_by_interleaved_rows_are_refused() -> None:
         run(fp8_method(), layer, make_config(gemm1_alpha=1.702), make_dispatched())
 
 
+def test_a_model_without_memory_is_refused() -> None:
+    layer = make_layer().to("meta")
+    layer.w13_weight, layer.w2_weight = layer.w13_weight.to("meta"), layer.w2_weight.to("meta")
+    with pytest.raises(
+        support.Unsupported, match="got a model that SGLang builds without memory, as with --load-format"
+    ):
+        run(make_method(), layer, make_config(), make_dispatched())
+
+
 def test_invented_input_scales_are_refused() -> None:
     """SGLang takes input scales that a checkpoint does not have for 1."""
     layer = make_layer()

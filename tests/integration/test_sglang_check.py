@@ -23,11 +23,19 @@ QWEN = {
 FP8_CONFIG = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 
 
+def mixed_precision(*layers: tuple[str, str]) -> dict:
+    quantised = {f"model.layers.0.{name}": {"quant_algo": algorithm} for name, algorithm in layers}
+    return {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": quantised}}
+
+
 def test_check_reads_the_experts_of_a_rank() -> None:
     assert check.read_config(QWEN, tp=4, ep=2) == check.ExpertsOfRank("bf16", 256, 128, 4, 2)
     assert check.read_config(QWEN | {"text_config": None}) == check.ExpertsOfRank("bf16", 256, 256, 8, 2)
     per_tensor = {"quantization_config": {"quant_method": "fp8"}}  # of any size: its scales are repeated for each block
     assert check.read_config(QWEN | per_tensor, tp=4) == check.ExpertsOfRank("fp8_block", 256, 64, 8, 2)
+    mixtral = {"architectures": ["MixtralForCausalLM"]}
+    assert check.read_config(QWEN | mixtral) == check.ExpertsOfRank("bf16", 256, 256, 8, 2)
+    assert check.read_config(QWEN | mixtral | FP8_CONFIG) == check.ExpertsOfRank("fp8_block", 256, 256, 8, 2)
     assert check.read_config({"text_config": QWEN | FP8_CONFIG}) == check.ExpertsOfRank("fp8_block", 256, 256, 8, 2)
 
 
@@ -48,6 +56,21 @@ def test_check_reads_the_experts_of_a_rank() -> None:
             "got AfmoeForCausalLM, whose code is made for SGLang's own experts",
         ),
         (
+            QWEN | {"quantization_config": mixed_precision(("mlp.experts.0.w1", "FP8_PB_WO"))},
+            {"tp": 4},
+            "128x128 blocks do not fit 64 columns on a rank",
+        ),
+        (
+            {"architectures": ["MixtralForCausalLM"], "quantization_config": {"quant_method": "w8a8_int8"}},
+            {},
+            "got QuantMixtralForCausalLM, whose code is made for SGLang's own experts",
+        ),
+        (
+            {"architectures": ["MixtralForCausalLM"], "quantization_config": {"quantization": {"quant_algo": "FP8"}}},
+            {},
+            "got QuantMixtralForCausalLM, ",
+        ),
+        (
             {"architectures": ["DbrxForCausalLM"], "text_config": {"architectures": ["Text"]}},
             {},
             "got DbrxForCausalLM, ",
@@ -61,11 +84,6 @@ def test_check_says_why_not(config, ranks, sentence) -> None:
 
 def weights_of(bits: int, type: str, strategy: str, **more: object) -> dict:
     return {"num_bits": bits, "type": type, "strategy": strategy} | more
-
-
-def mixed_precision(*layers: tuple[str, str]) -> dict:
-    quantised = {f"model.layers.0.{name}": {"quant_algo": algorithm} for name, algorithm in layers}
-    return {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": quantised}}
 
 
 @pytest.mark.parametrize(
@@ -92,6 +110,10 @@ def mixed_precision(*layers: tuple[str, str]) -> dict:
         ({"quant_method": "fp8", "weight_block_size": [64, 128]}, None),
         (mixed_precision(("mlp.experts.0.w1", "NVFP4"), ("self_attn.q_proj", "FP8")), "nvfp4"),
         (mixed_precision(("mlp.experts.0.w1", "NVFP4"), ("mlp.experts.1.w1", "FP8")), None),
+        (mixed_precision(("mlp.experts.0.w1", "MXFP8"), ("self_attn.q_proj", "FP8")), "mxfp8"),
+        (mixed_precision(("mlp.experts.0.w1", "FP8_PB_WO")), "fp8_block"),
+        (mixed_precision(("mlp.experts.0.w1", "FP8_BLOCK_SCALES")), "fp8_block"),
+        ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, None),
     ],
 )
 def test_check_reads_the_format(quantisation, format) -> None:

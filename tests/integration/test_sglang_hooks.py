@@ -11,7 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from sglang_stand_ins import make_config, make_layer, make_method
+import torch
+from sglang_stand_ins import E, fp8_method, make_config, make_dispatched, make_layer, make_method, run
 from torch import nn
 
 from torch_moe_ops.integration.sglang import hooks, support
@@ -85,9 +86,42 @@ def test_a_model_that_runs_its_experts_itself_is_refused(monkeypatch) -> None:
         build_model(monkeypatch, nn.Linear(1, 1), TopK(), experts(taken_over=False))
     with pytest.raises(support.Unsupported, match="got InklingForConditionalGeneration, whose code is made for"):
         build_model(monkeypatch, experts(taken_over=True), name="InklingForConditionalGeneration")
+    with pytest.raises(support.Unsupported, match="got QuantMixtralForCausalLM, whose code is made for"):
+        build_model(monkeypatch, nn.Linear(1, 1), name="QuantMixtralForCausalLM")  # SGLang's, of most quantisations
     for parts in [(), (nn.Linear(1, 1),), (TopK(), experts(taken_over=True))]:  # a draft model may be dense
         assert len(build_model(monkeypatch, *parts)) == len(parts)
     assert len(build_model(monkeypatch, TopK(), chosen=False)) == 1
+
+
+def test_an_update_of_weights_derives_scales_anew() -> None:
+    """SGLang loads tensors that come over the network without process_weights_after_loading()."""
+
+    def fp8_per_tensor(factor: float) -> nn.Module:
+        layer = make_layer()
+        for name, parts in (("w13", 2), ("w2", 1)):
+            weight = factor * getattr(layer, f"{name}_weight")
+            scale = weight.reshape(E, parts, -1).float().abs().amax(2) / 448
+            values = (weight.reshape(E, parts, -1) / scale.unsqueeze(2)).to(torch.float8_e4m3fn).reshape(weight.shape)
+            delattr(layer, f"{name}_weight")
+            layer.register_parameter(f"{name}_weight", nn.Parameter(values, requires_grad=False))
+            layer.register_parameter(f"{name}_weight_scale", nn.Parameter(scale.squeeze(1), requires_grad=False))
+        return layer
+
+    dispatched, method, layer = make_dispatched(), fp8_method(weight_block_size=None), fp8_per_tensor(1.0)
+    run(method, layer, make_config(), dispatched)
+    layer.quant_method, new = method, fp8_per_tensor(3.0)
+    expected = run(fp8_method(weight_block_size=None), new, make_config(), dispatched)
+    addresses = {name: tensor.data_ptr() for name, tensor in layer.named_parameters()}
+    updater = SimpleNamespace(get_model=lambda: nn.Sequential(nn.Linear(1, 1), layer))
+
+    def load(updater: object, tensors: str, load_format: str) -> tuple[bool, str]:
+        for name in ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale"):
+            getattr(layer, name).data.copy_(getattr(new, name))
+        return True, f"{tensors} {load_format}"
+
+    assert hooks.update_weights(load, updater, "tensors", load_format="direct") == (True, "tensors direct")
+    assert torch.equal(method.apply(layer=layer, dispatch_output=dispatched).hidden_states, expected)
+    assert {name: tensor.data_ptr() for name, tensor in layer.named_parameters()} == addresses  # CUDA graphs read there
 
 
 @pytest.mark.parametrize(
