@@ -206,7 +206,7 @@ convert_weight: weight: expected uint8 or float4_e2m1fn_x2 [2, 32, 32] on cpu, g
 convert_weight: weight_scale: expected float8_e4m3fn [2, 32, 4] on cpu, got float32 [2, 32, 4] on cpu
 convert_weight: weight_global_scale: expected float32 [2, 1] on cpu, got float32 [2, 2] on cpu
 fold_global_scale: into: expected float32 [2, 2] on cpu, got float32 [1, 2] on cpu
-from_gate_up: tensor: expected [E, R, ...] with R a multiple of 4, got [1, 6, 2]
+from_gate_up: tensor: expected [E, rows, ...], rows a multiple of 4, got [1, 6, 2]
 from_gate_up: layout: expected one of gate_up, up_gate, interleaved, got rows""",
     )
 

@@ -392,3 +392,43 @@ def test_devices_must_agree() -> None:
         with pytest.raises(RuntimeError) as caught:
             moe.topk(x, 2, correction_bias=bias)
     assert str(caught.value) == "topk: correction_bias: expected float32 [8] on cpu, got float32 [8] on meta"
+
+
+def test_tensors_that_were_left_out() -> None:
+    hidden_states, w13 = valid("fused_moe").args[:2]
+    assert_expected_inline(
+        "\n".join(
+            (
+                refusals("fused_moe", ((hidden_states, w13, None), {})),
+                refusals("grouped_gemm", ((valid("grouped_gemm").args[0], None), {})),
+                refusals("finalize", ((torch.randn(6, 8), None), {})),
+                refusals("act_mul", ((torch.randn(6, 16).bfloat16(), None), {})),
+            )
+        ),
+        """\
+fused_moe: w2: expected a tensor, got None
+grouped_gemm: b: expected a tensor, got None
+finalize: slot_to_row: expected a tensor, got None
+act_mul: expert_offsets: expected a tensor, got None""",
+    )
+
+
+@pytest.mark.parametrize(
+    "offsets, got",
+    [([-1, 2, 4, 6], "-1 first"), ([0, 5, 2, 6], "2 after 5"), ([0, 2, 4, 7], "7 after 4"), ([7, 8, 9, 9], "7 first")],
+)
+def test_offsets_that_no_rows_have(offsets: list[int], got: str) -> None:
+    """Of a CPU's tensors: Python's slices would take negative ones for rows from the end."""
+    expert_offsets, rows = torch.tensor(offsets).int(), torch.randn(6, 16).bfloat16()
+    nvfp4 = {"global_scale": torch.ones(3), "format": "nvfp4"}
+    calls = {
+        "grouped_gemm": Call(rows, torch.randn(3, 8, 16).bfloat16(), expert_offsets),
+        "act_mul": Call(rows, expert_offsets),
+        "permute": Call(rows[:3], ROUTING[1], 6, expert_offsets=expert_offsets, **nvfp4),
+        "pack_scale": Call(torch.zeros(6, 4).byte(), "atom", expert_offsets=expert_offsets),
+    }
+    packed = moe.pack_scale(torch.zeros(6, 4).byte(), "atom", expert_offsets=torch.tensor([0, 2, 4, 6]).int())
+    calls["unpack_scale"] = Call(packed, "atom", 6, 4, torch.uint8, expert_offsets=expert_offsets)
+    for op, call in calls.items():
+        expected = f"{op}: expert_offsets: expected values in [0, 6] that do not decrease, got {got}"
+        assert message(getattr(torch.ops.moe, op).default, call) == expected

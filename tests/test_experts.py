@@ -241,8 +241,18 @@ ERRORS = {
     "from_gate_up: group: expected at least 1, got -1": lambda w13, w2: from_gate_up(w13, "interleaved", group=-1),
     "local_expert_map: num_experts: expected 1 to num_router_experts (4), got 5": lambda *_: local_expert_map(5, 4),
     "to_gate_up: layout: expected one of gate_up, up_gate, interleaved, got up": lambda w13, w2: to_gate_up(w13, "up"),
-    "to_gate_up: tensor: expected [E, R, ...] with R a multiple of 256, got [4, 192, 128]": lambda w13, w2: to_gate_up(
-        w13, "interleaved", group=128
+    "from_gate_up: tensor: expected [E, rows, ...], rows a multiple of 2, got [4, 3]": lambda w13, w2: from_gate_up(
+        torch.ones(4, 3), "up_gate"
+    ),
+    "Experts: w13: expected a tensor, got None": lambda w13, w2: Experts(None, w2),
+    "Experts: routed_scaling_factor: expected a number, got '2'": lambda w13, w2: Experts(
+        w13, w2, routed_scaling_factor="2"
+    ),
+    "Experts: expert_map: expected values in [-1, 4), got 7": lambda w13, w2: Experts(
+        w13, w2, expert_map=torch.tensor([0, 7]).int()
+    ),
+    "to_gate_up: tensor: expected [E, rows, ...], rows a multiple of 256, got [4, 192, 128]": lambda w13, w2: (
+        to_gate_up(w13, "interleaved", group=128)
     ),
 }
 
@@ -252,3 +262,15 @@ def test_errors(message):
     with pytest.raises(RuntimeError) as error:
         ERRORS[message](*random_weights())
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8_block", "nvfp4"])
+def test_dtypes_are_the_formats(format):
+    """model.to(bfloat16) rounds no scale, and .half() makes no other weights."""
+    experts = Experts.from_weights(*random_weights(), format=format, w13_bias=torch.randn(4, 192))
+    before = {name: tensor.clone() for name, tensor in experts.named_buffers()}
+    torch.nn.Sequential(experts).to(torch.float16).double().bfloat16().half()
+    for name, tensor in experts.named_buffers():
+        assert tensor.dtype == before[name].dtype and torch.equal(as_bytes(tensor), as_bytes(before[name]))
+    assert {tensor.device.type for tensor in experts.to("meta", torch.float16).buffers()} == {"meta"}
+    assert experts.w13.dtype == before["w13"].dtype

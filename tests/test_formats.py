@@ -361,7 +361,7 @@ def test_quantize_weight(name, device, monkeypatch):
         assert torch.equal(largest, torch.where(amax > 0, 448.0, 0.0))
         given = torch.full((5, 2), 0.01, device=device)
         values, scale, g = formats.quantize_weight(weight, name, parts=2, global_scale=given)
-        assert g is given
+        assert torch.equal(g, given)
         assert torch.equal(bits_of(scale), bits_of(fmt.quantize(weight, fmt.weight_block, given, parts=2)[1]))
 
 
@@ -385,10 +385,39 @@ ERRORS = {
     "quantize: global_scale: expected 1 element, [3] or [3, 2], got [2]": lambda: FORMATS["nvfp4"].quantize(
         torch.ones(3, 4, 16), (1, 16), torch.ones(2), parts=2
     ),
+    "quantize_weight: weight: expected bfloat16, float16 or float32, got complex64": lambda: formats.quantize_weight(
+        torch.ones(3, 4, 4, dtype=torch.complex64), "int8"
+    ),
+    "quantize_weight: weight: expected bfloat16, float16 or float32, got None": lambda: formats.quantize_weight(
+        None, "int8"
+    ),
+    "quantize_weight: global_scale: expected a tensor, got 1.0": lambda: given_scale(1.0),
+    "quantize_weight: global_scale: expected float32 on cpu, got float64 on cpu": lambda: given_scale(
+        torch.ones(3).double()
+    ),
+    "quantize_weight: global_scale: expected positive values, got 0.0": lambda: given_scale(
+        torch.tensor([1.0, 0.0, 2.0])
+    ),
+    "quantize_weight: global_scale: expected one element, [3] or [3, 2], got [2]": lambda: given_scale(torch.ones(2)),
+    "quantize_weight: global_scale: expected none for int8, got [3]": lambda: given_scale(torch.ones(3), "int8"),
+    "compute_global_scale: x: expected bfloat16, float16 or float32, got int32": lambda: formats.compute_global_scale(
+        torch.ones(3, 4).int()
+    ),
     "quantize_weight: weight: expected [E, N, K], got [3, 4]": lambda: formats.quantize_weight(
         torch.ones(3, 4), "int8"
     ),
 }
+
+
+def given_scale(global_scale: object, format: str = "nvfp4") -> tuple[torch.Tensor, ...]:
+    return formats.quantize_weight(torch.ones(3, 4, 16), format, parts=2, global_scale=global_scale)
+
+
+def test_a_given_global_scale_is_returned_for_each_part():
+    scales = torch.tensor([1.0, 2.0, 4.0])
+    for scale in (scales, scales[:, None].expand(3, 2)):
+        assert torch.equal(given_scale(scale)[2], scales[:, None].expand(3, 2))
+    assert torch.equal(given_scale(torch.tensor(2.0))[2], torch.full((3, 2), 2.0))
 
 
 @pytest.mark.parametrize("message", ERRORS)

@@ -80,18 +80,31 @@ def _define(op: str) -> None:
         LIBRARY.define(f"{name}{_schema(op)}", tags=tags)
 
 
+def _checked(op: str, function: Callable) -> Callable:
+    """`function`, behind a look for tensors that were left out: the dispatcher lets None pass for any but the first."""
+    arguments = _overload(op, "default")._schema.arguments
+    tensors = [(i, argument.name) for i, argument in enumerate(arguments) if str(argument.type) == "Tensor"]
+
+    def checked(*args, **options):
+        for i, name in tensors:
+            if args[i] is None:
+                refuse(op, name, "a tensor", None)
+        return function(*args, **options)
+
+    return checked
+
+
 def _register_fakes(op: str) -> None:
-    meta = _module("meta_kernels", op)
-    names = _argument_names(op)
+    fake, names = _checked(op, _module("meta_kernels", op).fake), _argument_names(op)
 
     def default_fake(*args, **options):
         if torch.is_grad_enabled():
             expect_no_grad(op, names, args, options)
-        return meta.fake(*args, **options)
+        return fake(*args, **options)
 
     library.register_fake(f"moe::{op}", default_fake, lib=LIBRARY)
     for backend in CANDIDATES[op]:
-        library.register_fake(f"moe::{op}.{backend}", meta.fake, lib=LIBRARY)
+        library.register_fake(f"moe::{op}.{backend}", fake, lib=LIBRARY)
 
 
 def _register_default(op: str) -> None:
@@ -100,7 +113,8 @@ def _register_default(op: str) -> None:
     Checks and choice read nothing but the static facts of the arguments, so they run once for each set of facts (the
     number of tokens is one of them) and are remembered. A refusal is never remembered.
     """
-    check, facts, names = _module("meta_kernels", op).check, _module("ops", op).facts, _argument_names(op)
+    check, facts = _checked(op, _module("meta_kernels", op).check), _module("ops", op).facts
+    names = _argument_names(op)
     overloads = {backend: _overload(op, backend) for backend in CANDIDATES[op]}
 
     @lru_cache(maxsize=REMEMBERED_CALLS)
@@ -174,7 +188,8 @@ def _define_with_tactic(op: str) -> None:
 
 def _register_backend(op: str, backend: str) -> None:
     """What runs when a backend is called by name: the same checks, in front of its kernel."""
-    check, names, overload = _module("meta_kernels", op).check, _argument_names(op), _overload(op, backend)
+    check, names = _checked(op, _module("meta_kernels", op).check), _argument_names(op)
+    overload = _overload(op, backend)
 
     def checked(*args, **options):
         if torch.is_grad_enabled():
@@ -191,7 +206,7 @@ def _register_backend(op: str, backend: str) -> None:
 def _register_python_kernel(op: str, backend: str, kernel: Callable, key: str) -> None:
     """`kernel` for one dispatch key. Inference mode, tensors made there and the bodies of custom ops pass autograd by,
     and what checks there: checked here."""
-    check = _module("meta_kernels", op).check
+    check = _checked(op, _module("meta_kernels", op).check)
 
     def checked_kernel(*args, **options):
         checked, _CALL.checked = getattr(_CALL, "checked", False), False  # not what the kernel itself calls

@@ -10,6 +10,8 @@ already.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from .meta_kernels.act_mul import check_activation
 from .meta_kernels.grouped_gemm import check_formats, check_weight
 from .meta_kernels.quantize import check_global_scale
 from .packed_weights import BLOCK_BYTES, PACKABLE, is_packed, pack_weight, weight_sizes
+from .reference._values import expect_ids
 
 TENSORS = (
     "w13",
@@ -51,14 +54,20 @@ def to_gate_up(tensor: Tensor, layout: str, *, group: int = 1) -> Tensor:
 
     "gate_up" returns the tensor itself. "up_gate" swaps the halves; scale blocks and global scales [E, 2] are counted
     within each half, so they are swapped the same way. "interleaved" alternates `group` gate rows with `group` up rows.
+
+    Args:
+        tensor: [E, 2R, ...] of any dtype, rows as `layout` says.
+        layout: gate_up, up_gate or interleaved.
+        group: neighbouring rows of a kind where they are interleaved, a divisor of R; else unused.
+    Returns:
+        [E, 2R, ...] of the same dtype, gate over up; a copy, but for gate_up.
+    Raises:
+        RuntimeError: ``to_gate_up: argument: expected ..., got ...``.
     """
-    expect_choice("to_gate_up", "layout", layout, LAYOUTS)
+    _expect_rows("to_gate_up", tensor, layout, group)
     if layout == "gate_up":
         return tensor
-    expect_range("to_gate_up", "group", group, 1)
     period = 2 if layout == "up_gate" else 2 * group
-    if tensor.dim() < 2 or tensor.shape[1] % period:
-        refuse("to_gate_up", "tensor", f"[E, R, ...] with R a multiple of {period}", list(tensor.shape))
     data = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor  # few ops know the 8-bit floats
     if layout == "up_gate":
         up, gate = data.chunk(2, dim=1)
@@ -69,14 +78,25 @@ def to_gate_up(tensor: Tensor, layout: str, *, group: int = 1) -> Tensor:
 
 
 def from_gate_up(tensor: Tensor, layout: str, *, group: int = 1) -> Tensor:
-    """The inverse of `to_gate_up`: gate over up [E, 2R, ...] in the order of another system."""
-    expect_choice("from_gate_up", "layout", layout, LAYOUTS)
+    """The inverse of `to_gate_up`: gate over up [E, 2R, ...] in the order of another system.
+
+    Arguments and results are those of `to_gate_up`, which undoes it.
+
+    Raises:
+        RuntimeError: ``from_gate_up: argument: expected ..., got ...``.
+    """
+    _expect_rows("from_gate_up", tensor, layout, group)
     if layout != "interleaved":
         return to_gate_up(tensor, layout)  # a swap is its own inverse
-    expect_range("from_gate_up", "group", group, 1)
-    if tensor.dim() < 2 or tensor.shape[1] % (2 * group):
-        refuse("from_gate_up", "tensor", f"[E, R, ...] with R a multiple of {2 * group}", list(tensor.shape))
     return tensor.unflatten(1, (2, -1, group)).transpose(1, 2).flatten(1, 3)  # [E, R / group, gate or up, group, ...]
+
+
+def _expect_rows(function: str, tensor: Tensor, layout: str, group: int) -> None:
+    expect_choice(function, "layout", layout, LAYOUTS)
+    expect_range(function, "group", group, 1)
+    period = {"gate_up": 1, "up_gate": 2, "interleaved": 2 * group}[layout]
+    if tensor.dim() < 2 or tensor.shape[1] % period:
+        refuse(function, "tensor", f"[E, rows, ...], rows a multiple of {period}", list(tensor.shape))
 
 
 def local_expert_map(num_experts: int, num_router_experts: int, device: torch.device | str | None = None) -> Tensor:
@@ -86,6 +106,15 @@ def local_expert_map(num_experts: int, num_router_experts: int, device: torch.de
 
     It changes no id. Its size says how many experts the router chooses from, so that a kernel can expect this rank to
     get num_experts / num_router_experts of the slots when it decides how to divide its work.
+
+    Args:
+        num_experts: of this rank, E.
+        num_router_experts: that the router chooses from, on all ranks.
+        device: of the map (default: torch's).
+    Returns:
+        int32 [num_router_experts].
+    Raises:
+        RuntimeError: ``local_expert_map: num_experts: expected ..., got ...``.
     """
     if not 0 < num_experts <= num_router_experts:
         refuse("local_expert_map", "num_experts", f"1 to num_router_experts ({num_router_experts})", num_experts)
@@ -94,7 +123,16 @@ def local_expert_map(num_experts: int, num_router_experts: int, device: torch.de
 
 
 class Experts(nn.Module):
-    """The experts of one MoE layer. All tensors are buffers, under their names in moe::fused_moe."""
+    """The experts of one MoE layer: forward(...) = moe::fused_moe with what is held here.
+
+    All tensors are buffers, under their names in moe::fused_moe. Their dtypes are the format's: `.to(dtype)`, `.half()`
+    and the like leave them as they are.
+
+    Args:
+        w13, w2 and the others: as moe::fused_moe takes them, w13 gate over up; detached, not copied.
+    Raises:
+        RuntimeError: ``Experts: argument: expected ..., got ...`` for what moe::fused_moe would refuse of them.
+    """
 
     def __init__(
         self,
@@ -146,6 +184,9 @@ class Experts(nn.Module):
         `w13_layout` is the order of the rows of w13 and w13_bias as given, "interleaved" by groups of `w13_group` rows;
         they are stored gate over up. The other `options` are the constructor's. For a checkpoint that is quantised
         already, call the constructor.
+
+        Raises:
+            RuntimeError: as the constructor, `to_gate_up` and `quantize_weight` do.
         """
         parts = 2 if get_activation("Experts", activation).gated else 1
         if parts == 1 and w13_layout != "gate_up":
@@ -210,8 +251,22 @@ class Experts(nn.Module):
         sizes = f"num_experts={self.num_experts}, hidden_size={self.hidden_size}"
         return f"{sizes}, intermediate_size={self.intermediate_size}, {formats}, {self.activation}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
     def _check(self) -> None:
         """Refuses at load time what moe::fused_moe would refuse at the first call."""
+        for name in ("w13", "w2"):
+            if getattr(self, name) is None:
+                refuse("Experts", name, "a tensor", None)
+        for name in ("alpha", "beta", "limit", "routed_scaling_factor"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) and (name, value) != ("limit", None):
+                refuse("Experts", name, "a number", repr(value))
         weights, acts = check_formats("Experts", self.format, self.act_format)
         check_activation("Experts", self.activation, self.alpha, self.beta, self.limit)
         if self.w2.dim() != 3 and not (is_packed(self.w2) and self.format in PACKABLE):
@@ -234,3 +289,4 @@ class Experts(nn.Module):
             )
         if self.expert_map is not None:
             expect_sizes("Experts", "expert_map", self.expert_map, INT32, ("Eg",), self.w2.device)
+            expect_ids("Experts", "expert_map", self.expert_map, self.num_experts)

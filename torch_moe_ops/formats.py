@@ -18,6 +18,7 @@ is the IEEE division.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -155,13 +156,25 @@ def get_format(op: str, name: str) -> Format:
 def quantize_weight(
     weight: Tensor, format: str | Format, *, parts: int = 1, global_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """weight [E, N, K] -> (values [E, N, K/pack], scale or None, global_scale [E, parts] or None).
+    """weight [E, N, K] ~= values * scale * global_scale, rounded as `quantize` of the format's weight blocks.
 
     nvfp4 takes amax / (6 * 448) of each expert and part as global scale (the largest block scale is then 448), unless
     one is given.
     Works through the experts in chunks, so a layer never exists in float32.
+
+    Args:
+        weight: [E, N, K], bfloat16, float16 or float32.
+        format: a name in `FORMATS`, or one of its values.
+        parts: that many equally tall matrices lie on top of each other (2 for w13): blocks are counted within each.
+        global_scale: nvfp4: float32, one for all, [E] or [E, parts], positive; None: computed.
+    Returns:
+        values [E, N, K/pack] (bf16 and fp16: the weight itself if it has that dtype), scale in the layout of
+        "Formats" in ops.md or None, global_scale float32 [E, parts] or None.
+    Raises:
+        RuntimeError: ``quantize_weight: argument: expected ..., got ...``.
     """
-    fmt = get_format("quantize_weight", format) if isinstance(format, str) else format
+    fmt = format if isinstance(format, Format) else get_format("quantize_weight", format)
+    _expect_weight("quantize_weight", "weight", weight)
     if weight.dim() != 3:
         raise RuntimeError(f"quantize_weight: weight: expected [E, N, K], got {list(weight.shape)}")
     num_experts, n, k = weight.shape
@@ -169,16 +182,12 @@ def quantize_weight(
         raise RuntimeError(f"quantize_weight: parts: expected a divisor of {n} rows, got {parts}")
     if k % fmt.pack:
         raise RuntimeError(f"quantize_weight: weight: expected an even K for {fmt.name}, got {list(weight.shape)}")
-    if global_scale is not None and not fmt.has_global_scale:
-        raise RuntimeError(
-            f"quantize_weight: global_scale: expected none for {fmt.name}, got {list(global_scale.shape)}"
-        )
+    if global_scale is not None:
+        global_scale = _global_scale_of_parts(fmt, global_scale, weight, parts)
     if not fmt.has_scale:
         return weight.to(fmt.dtype), None, None
     values = weight.new_empty((num_experts, n, k // fmt.pack), dtype=fmt.dtype)
     scale = weight.new_empty((num_experts, *fmt.weight_scale_shape(n, k, parts)), dtype=fmt.scale_dtype)
-    if global_scale is not None and global_scale.numel() == 1:
-        global_scale = global_scale.reshape(1, 1).expand(num_experts, parts).contiguous()
     given = global_scale
     if fmt.has_global_scale and given is None:
         global_scale = weight.new_empty((num_experts, parts), dtype=torch.float32)
@@ -197,7 +206,16 @@ def compute_global_scale(x: Tensor, *, parts: int = 1) -> Tensor:
 
     The largest block scale is then 448, the end of e4m3's range. For weights, and for a calibration batch of
     activations: computed anew in each call, it would make a token's result depend on the other tokens.
+
+    Args:
+        x: [..., rows, k], bfloat16, float16 or float32.
+        parts: that many equally tall matrices lie on top of each other, each with a global scale of its own.
+    Returns:
+        float32 [..., parts].
+    Raises:
+        RuntimeError: ``compute_global_scale: x: expected ..., got ...``.
     """
+    _expect_weight("compute_global_scale", "x", x)
     if x.dim() < 2 or parts < 1 or x.shape[-2] % parts:
         raise RuntimeError(f"compute_global_scale: x: expected [..., a multiple of {parts}, k], got {list(x.shape)}")
     if x.numel() == 0:
@@ -205,6 +223,35 @@ def compute_global_scale(x: Tensor, *, parts: int = 1) -> Tensor:
     amax = _amax(x.float().unflatten(-2, (parts, x.shape[-2] // parts)), (-2, -1))
     global_scale = amax / amax.new_full((), E2M1_MAX * E4M3_MAX)
     return torch.where(global_scale > 0, global_scale, 1.0)
+
+
+def _expect_weight(function: str, name: str, x: Tensor) -> None:
+    got = getattr(x, "dtype", x)
+    if got not in (torch.bfloat16, torch.float16, torch.float32):
+        raise RuntimeError(
+            f"{function}: {name}: expected bfloat16, float16 or float32, got {got}".replace("torch.", "")
+        )
+
+
+def _global_scale_of_parts(fmt: Format, global_scale: Tensor, weight: Tensor, parts: int) -> Tensor:
+    """As it is given -> [E, parts]."""
+
+    def refuse(expected: str, got: object) -> NoReturn:
+        raise RuntimeError(f"quantize_weight: global_scale: expected {expected}, got {got}".replace("torch.", ""))
+
+    num_experts = len(weight)
+    if not isinstance(global_scale, Tensor):
+        refuse("a tensor", global_scale)
+    if not fmt.has_global_scale:
+        refuse(f"none for {fmt.name}", list(global_scale.shape))
+    if global_scale.dtype != torch.float32 or global_scale.device != weight.device:
+        refuse(f"float32 on {weight.device}", f"{global_scale.dtype} on {global_scale.device}")
+    if global_scale.numel() != 1 and global_scale.shape not in ((num_experts,), (num_experts, parts)):
+        refuse(f"one element, [{num_experts}] or [{num_experts}, {parts}]", list(global_scale.shape))
+    if global_scale.device.type == "cpu" and not (global_scale > 0).all():
+        refuse("positive values", global_scale.min().item())
+    per_expert = global_scale.reshape(1, 1) if global_scale.numel() == 1 else global_scale.reshape(num_experts, -1)
+    return per_expert.expand(num_experts, parts).contiguous()
 
 
 # ---- number types ----------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def act_mul(
         act [P, I/pack] and act_scale [P, scale columns], the latter MN-major for fp8_block as in `permute`.
 
     Raises:
-        RuntimeError: ``act_mul: argument: expected ..., got ...``
+        RuntimeError: ``act_mul: argument: expected ..., got ...``; on a CPU for values of expert_offsets, too.
     """
     return torch.ops.moe.act_mul.default(
         gate_up,

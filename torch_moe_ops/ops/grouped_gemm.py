@@ -88,7 +88,8 @@ def grouped_gemm(
         [P, N]. Rows that no expert uses are unspecified, and what a holds there does not matter.
 
     Raises:
-        RuntimeError: ``grouped_gemm: argument: expected ..., got ...``
+        RuntimeError: ``grouped_gemm: argument: expected ..., got ...``; on a CPU for values of expert_offsets and
+            expert_rows, too.
     """
     return torch.ops.moe.grouped_gemm.default(
         a,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..activations import get_activation, split_gate_up
 from ..formats import get_format
+from ._values import expect_offset_values
 from .quantize import global_scale_of_rows, lay_out_scale, quantize_rows
 
 
@@ -21,6 +22,7 @@ def act_mul(
     format: str = "bf16",
     global_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    expect_offset_values("act_mul", expert_offsets, len(gate_up))
     record, fmt = get_activation("act_mul", activation), get_format("act_mul", format)
     x = gate_up.float()
     y = record.apply(*split_gate_up(x, layout), alpha, beta, limit) if record.gated else record.apply(x)

@@ -15,6 +15,7 @@ from ..formats import get_format
 from ..meta_kernels._check import refuse
 from ..meta_kernels.grouped_gemm import output_dtype
 from ..packed_weights import as_stored
+from ._values import expect_offset_values
 
 ROW_TILE = 16
 
@@ -35,6 +36,7 @@ def grouped_gemm(
     b_parts: int = 1,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
+    expect_offset_values("grouped_gemm", expert_offsets, len(a))
     b_format = get_format("grouped_gemm", format)
     a_format = get_format("grouped_gemm", act_format or format)
     b, b_scale = as_stored(b, b_scale, format)

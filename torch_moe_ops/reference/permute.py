@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..formats import get_format
+from ._values import expect_offset_values
 from .quantize import global_scale_of_rows, lay_out_scale, quantize_rows
 
 
@@ -27,6 +28,8 @@ def permute(
         copies = copies.float() * topk_weights.reshape(-1, 1)
     rows = copies.new_zeros((num_rows + 1, hidden_states.shape[1]))  # one more row takes the absent slots
     rows.index_copy_(0, torch.where((slots >= 0) & (slots < num_rows), slots, num_rows), copies)
+    if expert_offsets is not None:
+        expect_offset_values("permute", expert_offsets, num_rows)
     rows = rows[:num_rows]  # rows that no slot maps to are zero here, but unspecified to callers
     values, scale = quantize_rows(fmt, rows, global_scale_of_rows(global_scale, expert_offsets, num_rows))
     return values, lay_out_scale(fmt, scale)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..meta_kernels._check import refuse
 from ..meta_kernels._sizes import max_rows
+from ._values import expect_ids
 
 ABSENT = -1
 OUT_OF_RANGE = -2
@@ -40,20 +40,12 @@ def sort_slots(
 def _local_experts(ids: Tensor, num_experts: int, expert_map: Tensor | None) -> Tensor:
     """Ids of the router -> ids of the experts here. Out of range: an error on a CPU, else -2."""
     num_ids = num_experts if expert_map is None else len(expert_map)
-    _expect_values("topk_ids", ids, num_ids)
+    expect_ids("sort_slots", "topk_ids", ids, num_ids)
     bad = (ids < ABSENT) | (ids >= num_ids)
     if expert_map is not None:
-        _expect_values("expert_map", expert_map, num_experts)
+        expect_ids("sort_slots", "expert_map", expert_map, num_experts)
         # An appended -1 answers for absent slots, so the map is never indexed out of bounds.
         extended = torch.nn.functional.pad(expert_map.long(), (0, 1), value=ABSENT)
         ids = extended[torch.where(bad | (ids < 0), num_ids, ids)]
         bad = bad | (ids < ABSENT) | (ids >= num_experts)
     return torch.where(bad, OUT_OF_RANGE, ids)
-
-
-def _expect_values(name: str, values: Tensor, end: int) -> None:
-    """Values in [-1, end). Only where reading them costs no synchronisation."""
-    if values.device.type == "cpu":
-        bad = values[(values < ABSENT) | (values >= end)]
-        if len(bad):
-            refuse("sort_slots", name, f"values in [-1, {end})", int(bad[0]))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..scale_layouts import unpack
+from ._values import expect_offset_values
 
 
 def unpack_scale(
@@ -17,4 +18,6 @@ def unpack_scale(
     *,
     expert_offsets: Tensor | None = None,
 ) -> Tensor:
+    if expert_offsets is not None:
+        expect_offset_values("unpack_scale", expert_offsets, rows)
     return unpack(packed, layout, rows, columns, dtype, expert_offsets)
