@@ -105,8 +105,8 @@ def fused_moe(
         [T, H] in the dtype of hidden_states.
 
     Raises:
-        RuntimeError: ``fused_moe: argument: expected ..., got ...``; on a CPU ``sort_slots: ...`` for values of topk_ids
-            and expert_map.
+        RuntimeError: ``fused_moe: argument: expected ..., got ...``; on a CPU ``sort_slots: ...`` for values of
+            topk_ids and expert_map.
     """
     return torch.ops.moe.fused_moe.default(
         hidden_states,
