@@ -355,7 +355,7 @@ biases of another type
 a missing tensor
   load_experts: EXPERTS.2.up_proj.weight_scale_2: expected a tensor, as other experts have it, got none
 a missing expert
-  load_experts: EXPERTS: expected experts 0, 1, 2, ... or gpt-oss's gate_up_proj_blocks, got 3
+  load_experts: EXPERTS: expected experts 0 to 3, got none of 1
 fused experts
   load_experts: EXPERTS: expected experts 0, 1, 2, ... or gpt-oss's gate_up_proj_blocks, got gate_up_proj
 other names
@@ -450,6 +450,46 @@ Checkpoint: model.safetensors: EXPERTS.0.gate_proj.bias: expected a tensor, whic
 Checkpoint: DIR/model.safetensors: expected a complete safetensors file, got Error while deserializing header: incomplete metadata, file not fully covered
 Checkpoint: DIR/model.safetensors: expected a complete safetensors file, got Error while deserializing header: header too large""",  # noqa: E501
     )
+
+
+def test_an_index_stays_in_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    save_file(written(modelopt_nvfp4), tmp_path / "model.safetensors")
+    for file in ("../model.safetensors", "a/../../model.safetensors", str(tmp_path / "model.safetensors")):
+        weight_map = dict.fromkeys(written(modelopt_nvfp4), file)
+        (tmp_path / "inner/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        got = refusal(tmp_path / "inner").replace(str(tmp_path), "..")
+        file = file.replace(str(tmp_path), "..")
+        assert got == f"Checkpoint: DIR/model.safetensors.index.json: expected files of its directory, got {file}"
+
+
+def test_a_name_that_is_not_there(tmp_path: Path) -> None:
+    save_file(written(bfloat16), tmp_path / "model.safetensors")
+    checkpoint = checkpoints.Checkpoint(tmp_path)
+    for read in (checkpoint.read, checkpoint.shape, lambda name: checkpoint.read(name, 0)):
+        with pytest.raises(RuntimeError, match=f"^Checkpoint: name: expected a tensor of {tmp_path}, got nope$"):
+            read("nope")
+
+
+def test_the_dot_after_the_prefix(tmp_path: Path) -> None:
+    save_file(written(bfloat16), tmp_path / "model.safetensors")
+    expected, dotted = (load_experts(tmp_path, prefix)["w13"] for prefix in (PREFIX, f"{PREFIX}."))
+    assert torch.equal(dotted, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "writer, suffix", [(deepseek_fp8, "weight_scale_inv"), (compressed_fp8, "weight_scale"), (mxfp8, "weight_scale")]
+)
+def test_fp8_scales_are_finite(
+    writer: Callable[[str, Tensor], Tensors], suffix: str, value: float, tmp_path: Path
+) -> None:
+    tensors, name = written(writer), f"{PREFIX}.2.down_proj.{suffix}"
+    bytes_only = tensors[name].dtype == torch.uint8  # E8M0, whose 255 is NaN; it has no infinity
+    tensors[name][-1, -1] = 255 if bytes_only else value
+    save_file(tensors, tmp_path / "model.safetensors")
+    got = "nan" if bytes_only else value
+    assert refusal(tmp_path) == f"load_experts: EXPERTS.2.down_proj.{suffix}: expected finite numbers, got {got}"
 
 
 def test_experts_are_whole_numbers(tmp_path: Path) -> None:

@@ -54,13 +54,34 @@ def test_bad_arguments_are_refused(argv, capsys):
     assert "error:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["explain", "--top-k", "x"], "argument --top-k: expected a positive whole number, got x"),
+        (["explain", "--top-k", "1.5"], "argument --top-k: expected a positive whole number, got 1.5"),
+        (["bench", "--tokens", "1,x"], "argument --tokens: expected positive numbers, got 1,x"),
+        (["bench", "--budget-s", "x"], "argument --budget-s: expected a number that is not negative, got x"),
+    ],
+)
+def test_what_is_no_number_is_refused_like_a_wrong_one(argv, expected, capsys):
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert capsys.readouterr().err.endswith(f"error: {expected}\n")
+
+
 @CPU_ONLY
 @pytest.mark.parametrize(
     "argv, sentence",
     [
         (["bench", "--tiny", "--tokens", "8192"], "bench: --tokens: expected at most 128 with --tiny, got [8192]"),
-        (["bench", "--tiny", "--json", "/nonexistent/x"], "bench: [Errno 2] No such file or directory: "),
-        (["bench", "compare", "/nonexistent", "--baseline", "x"], "bench: [Errno 2] No such file or directory: "),
+        (
+            ["bench", "--tiny", "--json", "/nonexistent/x"],
+            "bench: --json: expected a file that can be written, got /nonexistent/x: No such file or directory",
+        ),
+        (
+            ["bench", "compare", "/nonexistent", "--baseline", "x"],
+            "bench: ours: expected a result file, got /nonexistent: No such file or directory",
+        ),
         (["demo", "--device", "cuda"], "demo: --device: expected cpu where there is no CUDA GPU, got cuda"),
     ],
 )
@@ -124,6 +145,22 @@ def test_explain_takes_the_sizes_of_the_op_alone(capsys):
     assert "K" in run(capsys, *gemm, "--n", "128", "--k", "100")[1]
     status, _, err = run(capsys, *gemm, "--intermediate", "100")
     assert (status, err) == (2, "explain: grouped_gemm: intermediate_size: expected None for grouped_gemm, got 100\n")
+
+
+def test_explain_takes_dtypes_and_parts(capsys):
+    """Each is in the problem, and what its backends say of it is what the Python function says."""
+    gemm = ("explain", "--op", "grouped_gemm", "--format", "fp8_block", "--sm", "90", "--n", "384", "--k", "256")
+    facts = dict(op="grouped_gemm", format="fp8_block", sm=90, n=384, k=256)
+    for flag, text, fact in (
+        ("--b-parts", "2", {"b_parts": 2}),
+        ("--out-dtype", "float16", {"out_dtype": torch.float16}),
+        ("--bias-dtype", "float32", {"bias_dtype": torch.float32}),
+    ):
+        assert run(capsys, *gemm, flag, text)[1] == f"{moe.explain(**facts, **fact)}\n"
+        [(name, value)] = fact.items()
+        problem = json.loads(run(capsys, *gemm, flag, text, "--json")[1])["problem"]
+        assert problem["gemms"] == [[384, 256, 2 if name == "b_parts" else 1]]
+        assert name == "b_parts" or problem[name] == text
 
 
 @CPU_ONLY
@@ -475,6 +512,12 @@ def test_compare(capsys, tmp_path):
     assert (status, out.splitlines()[-1]) == (1, "below 0.98: a bf16 8 uniform fused_moe 0.500")
     status, out, _ = run(capsys, *argv, "--least", "0.5")  # a point that is gone, or wrong now, is slower than any
     assert (status, out.splitlines()[-1]) == (1, f"not in {ours}: c bf16 1 uniform fused_moe")
+    status, out, err = run(capsys, "bench", "compare", ours, "--baseline", second, str(tmp_path))
+    refusal = f"bench: --baseline: expected result files, got {tmp_path}: Is a directory\n"
+    assert (status, out, err) == (2, "", refusal)
+    status, out, err = run(capsys, *shared, "--json", str(tmp_path))
+    refusal = f"bench: --json: expected a file that can be written, got {tmp_path}: Is a directory\n"
+    assert (status, out, err) == (2, "", refusal)
     none = write(tmp_path / "none.jsonl", "none")
     status, out, err = run(capsys, "bench", "compare", ours, "--baseline", none)
     assert (status, out, err) == (2, "", f"bench: expected points that {ours} and a baseline share, got none\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -204,7 +205,7 @@ def refused_flags(args: argparse.Namespace) -> Sequence[str]:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status 0: supported; 1: not."""
+    """Exit status 0: supported; 1: not; 2: no configuration to read."""
     print(plugin_line())
     try:
         config = json.loads((args.model_dir / "config.json").read_text())
@@ -220,7 +221,10 @@ def main(args: argparse.Namespace) -> int:
         stated = args.dtype != "auto" or text.get("dtype") or text.get("torch_dtype")
         explanations = choose(experts, hidden_format(text, args.dtype) if stated else "bf16", args.device)
         layers = moe_layers(config)
-    except (ValueError, OSError, RuntimeError) as error:
+    except OSError:
+        print(f"check: model_dir: expected a directory with a config.json, got {args.model_dir}", file=sys.stderr)
+        return 2
+    except (ValueError, RuntimeError) as error:
         print(f"not supported: {error}")
         return 1
     except (TypeError, AttributeError, ArithmeticError) as error:  # values of kinds that no configuration has

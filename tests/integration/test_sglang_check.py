@@ -170,5 +170,8 @@ def test_check_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert adapter_main(["check", str(tmp_path), "--device", "cpu", "--moe-a2a-backend", "deepep"]) == 1
     refusal = f"not supported: expected {support.supported('cpu')}, got --moe-a2a-backend deepep\n"
     assert refusal in capsys.readouterr().out
-    assert adapter_main(["check", str(tmp_path / "absent")]) == 1
-    assert "not supported: " in capsys.readouterr().out
+    absent = tmp_path / "absent"
+    assert adapter_main(["check", str(absent)]) == 2
+    out, err = capsys.readouterr()
+    assert "not supported" not in out
+    assert err == f"check: model_dir: expected a directory with a config.json, got {absent}\n"

@@ -50,13 +50,17 @@ class Checkpoint:
         index = self.path / INDEX
         if index.is_file():
             try:
-                return {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+                file_of = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 refuse("Checkpoint", str(index), "JSON with a weight_map", f"{type(error).__name__}: {error}")
+            for file in set(file_of.values()):
+                if Path(file).is_absolute() or ".." in Path(file).parts:
+                    refuse("Checkpoint", str(index), "files of its directory", file)
+            return file_of
         files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
         if not files:
             refuse("Checkpoint", "path", "a .safetensors file or a directory with some", self.path)
-        file_of: dict[str, str] = {}
+        file_of = {}
         for file in files:
             for name in self._open(file.name).keys():
                 if name in file_of:
@@ -81,6 +85,8 @@ class Checkpoint:
     def _named_errors(self, name: str) -> Iterator[None]:
         from safetensors import SafetensorError
 
+        if name not in self:
+            refuse("Checkpoint", "name", f"a tensor of {self.path}", name)
         try:
             yield
         except SafetensorError as error:

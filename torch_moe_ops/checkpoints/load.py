@@ -133,6 +133,10 @@ class _Stack:
                 if tensor.shape != shape or tensor.dtype != dtype:
                     expected, got = (describe(*facts, tensor.device) for facts in ((dtype, shape), _facts(tensor)))
                     refuse(OP, self.reader.name(expert, projection, kind), expected, got)
+                if kind == "scale" and self.format.dtype == torch.float8_e4m3fn and not _is_finite(tensor):
+                    values = tensor.float()
+                    got = values[~values.isfinite()][0].item()
+                    refuse(OP, self.reader.name(expert, projection, kind), "finite numbers", got)
                 result[i, part * rows : (part + 1) * rows] = tensor
         return result
 
@@ -168,6 +172,12 @@ class _Stack:
                 refuse(OP, self.reader.name(*first), "bfloat16, float16 or float32", got)
             return bias.dtype
         return self.format.dtype if kind == "weight" else self.format.scale_dtype
+
+
+def _is_finite(scale: Tensor) -> bool:
+    if scale.dtype == torch.float8_e8m0fnu:  # isfinite() takes its NaN for a number
+        return not scale.numel() or bool(scale.view(torch.uint8).max() < 255)
+    return bool(scale.isfinite().all())
 
 
 def _facts(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:

@@ -9,6 +9,7 @@ dtypes and shapes alone. A tensor that no scheme knows is an error: it may be a 
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
@@ -108,6 +109,7 @@ class Reader(Protocol):
 
 def find_reader(checkpoint: Checkpoint, prefix: str) -> Reader:
     """The reader for what lies under `prefix`, or a one-line error that says what does."""
+    prefix = prefix.removesuffix(".")
     names = [name.removeprefix(f"{prefix}.") for name in checkpoint.names(f"{prefix}.")]
     if not names:
         refuse(OP, "prefix", "the name in front of the experts' tensors, like model.layers.3.mlp.experts", prefix)
@@ -122,9 +124,13 @@ class Separate:
     def __init__(self, checkpoint: Checkpoint, prefix: str, names: list[str]) -> None:
         self.checkpoint, self.prefix = checkpoint, prefix
         experts = {name.split(".")[0] for name in names}
-        if experts != {str(expert) for expert in range(len(experts))}:
-            known = "experts 0, 1, 2, ... or gpt-oss's gate_up_proj_blocks"
-            refuse(OP, prefix, known, ", ".join(sorted(experts - set(map(str, range(len(experts)))))[:4]))
+        others = sorted(name for name in experts if not re.fullmatch("0|[1-9][0-9]{0,8}", name))
+        if others:
+            refuse(OP, prefix, "experts 0, 1, 2, ... or gpt-oss's gate_up_proj_blocks", ", ".join(others[:4]))
+        last = max(map(int, experts))
+        missing = [str(n) for n in itertools.islice((n for n in range(last) if str(n) not in experts), 4)]
+        if missing:
+            refuse(OP, prefix, f"experts 0 to {last}", f"none of {', '.join(missing)}")
         self.num_experts = len(experts)
         self.projections = self._find_projections(set(names))
         self.scheme = self._find_scheme()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterable
 
 
@@ -20,22 +21,31 @@ def names_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text}")
     return value
 
 
 def numbers(text: str) -> list[int]:
     """A comma-separated list of positive integers."""
-    values = [int(number) for number in text.split(",") if number]
+    try:
+        values = [int(number) for number in text.split(",") if number]
+    except ValueError:
+        values = []
     if not values or min(values) < 1:
         raise argparse.ArgumentTypeError(f"expected positive numbers, got {text}")
     return values
 
 
 def not_negative(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"expected a number that is not negative, got {text}")
     return value

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+WRITABLE = "a file that can be written"
 
 
 class Refused(ValueError):
     """One line: what was expected, and what came."""
+
+
+@contextmanager
+def opened(argument: str, expected: str) -> Iterator[None]:
+    """A file that cannot be opened in here is the user's `argument`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # it is open
+            raise
+        raise Refused(f"{argument}: expected {expected}, got {error.filename}: {error.strerror}") from None
 
 
 def run(name: str, command: Callable[[], int | None]) -> int:

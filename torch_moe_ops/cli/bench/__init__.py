@@ -21,6 +21,7 @@ from ...experts import Experts
 from ...formats import FORMATS
 from .. import _layer
 from .._arguments import names_of, not_negative, numbers
+from .._run import WRITABLE, opened
 from . import compare
 from .host import measure_host_call
 from .measure import GRAPH_CALLS, Point, measure_fused_moe, one_line
@@ -80,7 +81,9 @@ def main(args: argparse.Namespace) -> int:
         print("bench: --host: expected a CUDA GPU, got none (no host time is measured)", file=sys.stderr)
     started = time.monotonic()
     bad = skipped = 0
-    with ResultFile(args.json, environment(args.commit)) as results, torch.no_grad():
+    with opened("--json", WRITABLE):
+        file = ResultFile(args.json, environment(args.commit))
+    with file as results, torch.no_grad():
         print(Point.HEADER, flush=True)
         for case in cases:
             for format in args.formats:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .._arguments import not_negative
-from .._run import Refused
+from .._run import WRITABLE, Refused, opened
 
 
 class Key(NamedTuple):
@@ -89,20 +89,24 @@ def add_parser(reports: argparse._SubParsersAction) -> None:
 def main(args: argparse.Namespace) -> int:
     from .results import read_results
 
-    _, ours = read_results(args.ours)
-    baseline = [
-        {"peer": header.get("name", path.stem), **point}
-        for path in args.baseline
-        for header, points in [read_results(path)]
-        for point in points
-    ]
+    with opened("ours", "a result file"):
+        _, ours = read_results(args.ours)
+    with opened("--baseline", "result files"):
+        baseline = [
+            {"peer": header.get("name", path.stem), **point}
+            for path in args.baseline
+            for header, points in [read_results(path)]
+            for point in points
+        ]
     rows = compare(ours, baseline)
     if not rows:
         raise Refused(f"expected points that {args.ours} and a baseline share, got none")
     if args.json:
-        args.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        with opened("--json", WRITABLE):
+            args.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     if args.plot:
-        plot(rows, args.plot)
+        with opened("--plot", WRITABLE):
+            plot(rows, args.plot)
     print(HEADER, *rows, sep="\n")
     for what, routing in dict.fromkeys((row.what, row.routing) for row in rows):
         kind = [row for row in rows if (row.what, row.routing) == (what, routing)]
