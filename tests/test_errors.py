@@ -260,6 +260,9 @@ def test_fused_moe() -> None:
             ((), {"w13_scale": None}),
             ((), {"w2_scale": torch.ones(5, 2, 2)}),
             ((), {"w13_bias": torch.ones(5, 96)}),
+            ((), {"w2_bias": torch.ones(5, 96)}),
+            ((), {"a13_global_scale": torch.ones(1)}),
+            ((), {"a2_global_scale": torch.ones(1)}),
             ((), {"format": "fp4"}),
             ((), {"act_format": "fp16"}),
             ((), {"act_format": "mxfp8"}),
@@ -280,6 +283,9 @@ fused_moe: topk_ids: expected int32 [3, 2] on cpu, got int32 [2, 2] on cpu
 fused_moe: w13_scale: expected a scale for fp8_block, got None
 fused_moe: w2_scale: expected float32 [5, 2, 1] on cpu, got float32 [5, 2, 2] on cpu
 fused_moe: w13_bias: expected bfloat16 or float16 or float32 [5, 192] on cpu, got float32 [5, 96] on cpu
+fused_moe: w2_bias: expected bfloat16 or float16 or float32 [5, 160] on cpu, got float32 [5, 96] on cpu
+fused_moe: a13_global_scale: expected none for fp8_block, got [1]
+fused_moe: a2_global_scale: expected none for fp8_block, got [1]
 fused_moe: format: expected one of bf16, fp16, int8, fp8_block, fp8_block_e8m0, mxfp8, mxfp4, nvfp4, got fp4
 fused_moe: act_format: expected bf16 or a quantised format for bfloat16 values, got fp16
 fused_moe: act_format: expected fp8_block or bf16 or fp16 for fp8_block weights, got mxfp8
@@ -346,13 +352,11 @@ unpack_scale: packed: expected uint8 [2, 1, 32, 4, 4] on cpu, got float8_e4m3fn 
 
 
 def test_unpack_scale_of_words_that_tma_cannot_read() -> None:
-    call = valid("unpack_scale").but(torch.zeros(1000).int().as_strided((256, 2), (1, 258)))
-    line = message(torch.ops.moe.unpack_scale.default, call)
-    assert message(torch.ops.moe.unpack_scale.reference, call) == line
-    assert_expected_inline(
-        line,
-        """unpack_scale: packed: expected strides [1, a multiple of 4 from 256 on] (16 bytes, for TMA), got [1, 258]""",
-    )
+    for stride in (258, 4):
+        call = valid("unpack_scale").but(torch.zeros(1000).int().as_strided((256, 2), (1, stride)))
+        expected = f"strides [1, a multiple of 4 from 256 on] (16 bytes, for TMA), got [1, {stride}]"
+        for overload in (torch.ops.moe.unpack_scale.default, torch.ops.moe.unpack_scale.reference):
+            assert message(overload, call) == f"unpack_scale: packed: expected {expected}"
 
 
 @pytest.mark.parametrize("op", OPS)

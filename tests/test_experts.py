@@ -130,6 +130,34 @@ def test_options_reach_the_op():
                 assert not torch.equal(other(*inputs), expected), name
 
 
+def test_router_weights_on_the_input_reach_the_op():
+    w13, w2 = random_weights()
+    hidden_states, *routing = make_inputs()
+    inputs = (hidden_states, *(tensor[:, :1].clamp(min=0).contiguous() for tensor in routing))
+    outputs = []
+    for on_input in (False, True):
+        experts = Experts.from_weights(w13, w2, apply_router_weight_on_input=on_input)
+        outputs.append(experts(*inputs))
+        weights = (hidden_states, w13, w2, *inputs[1:])
+        assert torch.equal(outputs[-1], torch.ops.moe.fused_moe(*weights, apply_router_weight_on_input=on_input))
+    assert not torch.equal(*outputs)
+
+
+def test_global_scales_of_activations_reach_the_op():
+    weights, inputs = random_weights(), make_inputs()
+    scales = {"a13_global_scale": torch.tensor([0.3]), "a2_global_scale": torch.tensor([0.03])}
+    experts = Experts.from_weights(*weights, format="nvfp4", **scales)
+    tensors = {name: tensor for name, tensor in experts.named_buffers() if name not in ("w13", "w2")}
+    assert tensors.keys() >= scales.keys()
+    arguments = (inputs[0], experts.w13, experts.w2, *inputs[1:])
+    expected = torch.ops.moe.fused_moe(*arguments, format="nvfp4", **tensors)
+    assert torch.equal(experts(*inputs), expected)
+    for name in scales:
+        fewer = {key: value for key, value in scales.items() if key != name}
+        other = Experts.from_weights(*weights, format="nvfp4", **fewer)
+        assert not torch.equal(other(*inputs), expected), name
+
+
 def test_local_expert_map_changes_no_id():
     expert_map = local_expert_map(3, 8)
     assert expert_map.dtype == torch.int32

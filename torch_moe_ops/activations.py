@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,27 +28,33 @@ class Activation:
     needs_limit: bool = False
 
 
+def in_float64(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), float32, rounded once: torch's float32 functions for CPUs give the last values of a tensor, and
+    those of one that is not contiguous, other bits than the rest."""
+    return function(x.double()).float()
+
+
 def _silu(gate: Tensor, up: Tensor, alpha: float, beta: float, limit: float | None) -> Tensor:
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return (up + beta) * (gate * torch.sigmoid(alpha * gate))
+    return (up + beta) * (gate * in_float64(torch.sigmoid, alpha * gate))
 
 
 def _swiglustep(gate: Tensor, up: Tensor, alpha: float, beta: float, limit: float) -> Tensor:
-    return F.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
+    return in_float64(F.silu, gate).clamp(max=limit) * up.clamp(-limit, limit)
 
 
 ACTIVATIONS: dict[str, Activation] = {
     activation.name: activation
     for activation in (
         Activation("silu", True, _silu, takes_alpha_beta=True, takes_limit=True),
-        Activation("gelu", True, lambda gate, up, *_: F.gelu(gate) * up),
-        Activation("gelu_tanh", True, lambda gate, up, *_: F.gelu(gate, approximate="tanh") * up),
+        Activation("gelu", True, lambda gate, up, *_: in_float64(F.gelu, gate) * up),
+        Activation("gelu_tanh", True, lambda gate, up, *_: in_float64(partial(F.gelu, approximate="tanh"), gate) * up),
         Activation("relu", True, lambda gate, up, *_: F.relu(gate) * up),
         Activation("swiglustep", True, _swiglustep, takes_limit=True, needs_limit=True),
         Activation("relu2_no_mul", False, lambda x: F.relu(x).square()),
-        Activation("gelu_no_mul", False, F.gelu),
-        Activation("silu_no_mul", False, F.silu),
+        Activation("gelu_no_mul", False, partial(in_float64, F.gelu)),
+        Activation("silu_no_mul", False, partial(in_float64, F.silu)),
     )
 }
 

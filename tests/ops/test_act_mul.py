@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import torch_moe_ops as moe
+from torch_moe_ops.activations import ACTIVATIONS
 from torch_moe_ops.formats import FORMATS
 
 P, I = 9, 96  # noqa: E741
@@ -88,7 +89,7 @@ def test_every_format(format: str) -> None:
     fmt = FORMATS[format]
     gate, up = torch.randn(2, P, I).to(torch.float16 if format == "fp16" else torch.bfloat16)
     act, scale = moe.act_mul(torch.cat([gate, up], 1), offsets(), format=format)
-    y = (up.float() + 0.0) * (gate.float() * torch.sigmoid(gate.float()))
+    y = (up.float() + 0.0) * (gate.float() * torch.sigmoid(gate.double()).float())
     values, row_scale = moe.quantize(y, format)
     assert torch.equal(act.view(torch.uint8), values.view(torch.uint8))
     assert torch.equal(scale.float(), row_scale.float())
@@ -110,6 +111,18 @@ def test_global_scale_per_expert() -> None:
 def test_float32_input_and_no_rows(format: str) -> None:
     act, scale = moe.act_mul(torch.empty(0, 2 * I), torch.zeros(4, dtype=torch.int32), format=format)
     assert act.shape == (0, I // FORMATS[format].pack) and act.dtype == FORMATS[format].dtype and len(scale) == 0
+
+
+@pytest.mark.parametrize("columns", [7, 50, 96])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_row_depends_on_itself_alone(name: str, columns: int) -> None:
+    """Also one row, whose gate is contiguous, and the last values of the tensor, which torch takes one by one."""
+    gate_up = torch.randn(101, (1 + ACTIVATIONS[name].gated) * columns)
+    options = {"activation": name, "format": "int8"} | ({"limit": 1.0} if ACTIVATIONS[name].needs_limit else {})
+    values, scale = moe.act_mul(gate_up, torch.tensor([0, 101]).int(), **options)
+    for row in range(101):
+        alone = moe.act_mul(gate_up[row : row + 1], torch.tensor([0, 1]).int(), **options)
+        assert torch.equal(alone[0][0], values[row]) and torch.equal(alone[1][0], scale[row])
 
 
 def test_unused_rows_reach_nobody() -> None:

@@ -222,6 +222,16 @@ def test_workspace_bytes_counts_the_intermediates(format: str) -> None:
     assert stored <= moe.workspace_bytes(13, 160, 96, 5, 2, format) <= stored + slack
 
 
+def test_workspace_bytes_follows_alignment_and_activation() -> None:
+    """bf16: each row more is H in and out of the GEMMs and 3I in between, without up I less; 3 index arrays besides."""
+    sizes = (13, 160, 96, 5, 2)
+    rows, padded = moe.max_rows(13 * 2, 5), moe.max_rows(13 * 2, 5, 8)
+    assert padded > rows
+    row_bytes = 2 * 160 + 4 * 2 * 96 + 2 * 96 + 2 * 160 + 4
+    assert moe.workspace_bytes(*sizes, alignment=8) - moe.workspace_bytes(*sizes) == (padded - rows) * row_bytes
+    assert moe.workspace_bytes(*sizes) - moe.workspace_bytes(*sizes, activation="silu_no_mul") == rows * 4 * 96
+
+
 @pytest.mark.parametrize("format", ["bf16", *QUANTISED])
 def test_autocast_changes_nothing(format: str) -> None:
     call = make_moe(format)

@@ -126,6 +126,13 @@ def test_bias(dtype: torch.dtype) -> None:
         compare(make(format, bias=bias, out_dtype=torch.float32))
 
 
+def test_bias_is_added_before_the_output_is_rounded() -> None:
+    """257 + 0.75 is 258 in bf16; 257 rounded first is 256, and so is 256.75."""
+    a, b = torch.ones(1, 257).bfloat16(), torch.ones(1, 8, 257).bfloat16()
+    out = moe.grouped_gemm(a, b, torch.tensor([0, 1]).int(), bias=torch.full((1, 8), 0.75), out_dtype=torch.bfloat16)
+    assert out.tolist() == [[258.0] * 8]
+
+
 def test_scales_in_any_strides(format: str) -> None:
     call = make(format)
     scales = {

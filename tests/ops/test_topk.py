@@ -79,6 +79,23 @@ def test_ties_go_to_the_lower_id_and_group() -> None:
     torch.testing.assert_close(weights, torch.full((3, 4), 0.25))
 
 
+def test_ties_of_many_groups() -> None:
+    """torch's unstable sort keeps the order of up to 16."""
+    for num_groups in (4, 32):
+        _, ids = moe.topk(torch.zeros(3, 2 * num_groups), 4, num_groups=num_groups, topk_groups=2)
+        assert ids.tolist() == [[0, 1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("num_experts", [5, 8, 60])
+def test_a_token_depends_on_itself_alone(scoring: str, num_experts: int) -> None:
+    """Also in the last values of the tensor, which torch takes one by one."""
+    logits = torch.randn(101, num_experts)
+    together, _ = moe.topk(logits, 2, scoring=scoring, renormalize=False)
+    alone = [moe.topk(row[None], 2, scoring=scoring, renormalize=False)[0] for row in logits]
+    assert torch.equal(torch.cat(alone), together)
+
+
 def test_nan_ranks_last_and_weighs_nothing() -> None:
     nan = float("nan")
     logits = torch.tensor([[nan, 1.0, nan, 0.5], [nan, nan, nan, 2.0], [nan] * 4, [-float("inf")] * 4])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..activations import in_float64
+
 INFINITY = float("inf")
 
 
@@ -22,7 +24,7 @@ def topk(
     logits = router_logits.float()
     # -inf scores 0 under both functions, so a NaN logit neither weighs anything nor spoils its neighbours.
     logits = logits.masked_fill(logits.isnan(), -INFINITY)
-    scores = torch.sigmoid(logits) if scoring == "sigmoid" else torch.softmax(logits, dim=-1)
+    scores = in_float64(torch.sigmoid, logits) if scoring == "sigmoid" else torch.softmax(logits, dim=-1)
     scores = scores.nan_to_num(nan=0.0)  # the softmax of a row of -inf  [T, Eg]
     choice = scores if correction_bias is None else scores + correction_bias
     choice = choice.masked_fill(router_logits.isnan() | choice.isnan(), -INFINITY)
