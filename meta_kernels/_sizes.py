@@ -1,7 +1,7 @@
 """Sizes: P = max_rows(S, E, A), scale matrices, and the bytes that fused_moe's intermediates take.
 
-The only place that computes sizes. Everything is a pure function of shapes and works on symbolic sizes: no size is
-compared as a Python bool, so nothing is specialised under torch.compile.
+The only place that computes sizes. Everything is a pure function of shapes and works on symbolic sizes: none of them
+is compared as a Python bool, so nothing is specialised under torch.compile.
 """
 
 from __future__ import annotations
@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from ..activations import get_activation
-from ..formats import Format, get_format
+from ..formats import Format
 from ..packed_weights import ROUNDED_ACTS
+from ._check import expect_range
 
 # Float32 scales of (1, 128) blocks lie MN-major, each column starting on 16 bytes, as TMA and 16-byte loads want it.
 MN_MAJOR_ALIGNMENT = 4
+
+
+def _expect_sizes(op: str, low: int, **sizes: int) -> None:
+    """Each at least `low`, as far as they are numbers: a comparison of a symbolic size would be a guard."""
+    for name, size in sizes.items():
+        if isinstance(size, int) and not torch.compiler.is_compiling():
+            expect_range(op, name, size, low)
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -26,6 +34,8 @@ def max_rows(num_slots: int, num_experts: int, alignment: int = 1) -> int:
 
     At most min(E, S) experts have rows, each with at most A - 1 rows of padding, and the sum is a multiple of A.
     """
+    _expect_sizes("max_rows", 0, num_slots=num_slots, num_experts=num_experts)
+    _expect_sizes("max_rows", 1, alignment=alignment)
     if alignment == 1:
         return num_slots
     used_experts = torch.sym_min(num_experts, num_slots)
@@ -73,9 +83,15 @@ def workspace_bytes(
     mxfp4, mxfp8) meet quantised activations, their values count as bf16, which packed weights are multiplied by. Not
     counted are the inputs, the output [T, H] and the kernels' scratch memory: a few KiB plus a few bytes a slot.
     """
-    fmt = get_format("workspace_bytes", act_format or format)
+    from .grouped_gemm import check_formats  # imports this module
+
+    op = "workspace_bytes"
+    fmt = check_formats(op, format, act_format)[1]
+    sizes = dict(num_tokens=num_tokens, hidden_size=hidden_size, intermediate_size=intermediate_size, top_k=top_k)
+    _expect_sizes(op, 0, **sizes)
+    _expect_sizes(op, 1, num_experts=num_experts, alignment=alignment)
     value_bits = 16 if fmt.name in ROUNDED_ACTS.get(format, ()) else 8 * fmt.dtype.itemsize // fmt.pack
-    gate_up_columns = intermediate_size * (2 if get_activation("workspace_bytes", activation).gated else 1)
+    gate_up_columns = intermediate_size * (2 if get_activation(op, activation).gated else 1)
     slots = num_tokens * top_k
     rows = max_rows(slots, num_experts, alignment)
     maps = 4 * (num_experts + 1 + slots + rows)  # expert_offsets, slot_to_row, row_to_slot

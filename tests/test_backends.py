@@ -446,11 +446,56 @@ grouped_gemm: b_parts: expected at least 1, got 0""",  # noqa: E501
     )
 
 
+def test_explain_refuses_impossible_facts() -> None:
+    questions = [
+        {"device": "cuda", "sm": "90"},
+        {"sm": 9.0},
+        {"sm": 0},
+        {"device": "cpu", "sm": 90},
+        {"sm": 90, "num_experts": -3},
+        {"sm": 90, "top_k": 0},
+        {"sm": 90, "top_k": True},
+        {"op": "grouped_gemm", "sm": 90, "n": 64, "k": "64"},
+        {"op": "grouped_gemm", "sm": 90, "b_parts": 2.0},
+        {"op": "grouped_gemm", "device": "cpu", "n": 7, "k": 8, "b_parts": 2},
+        {"op": "topk", "device": "cpu", "top_k": 10, "num_experts": 4},
+        {"sm": 90, "out_dtype": "bf16"},
+        {"sm": 90, "out_dtype": torch.float64},
+        {"sm": 90, "bias_dtype": torch.int8},
+    ]
+    lines = []
+    for question in questions:
+        with pytest.raises(RuntimeError) as caught:
+            moe.explain(**question)
+        lines.append(str(caught.value))
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+explain: sm: expected a whole number, got '90'
+explain: sm: expected a whole number, got 9.0
+explain: sm: expected at least 1, got 0
+explain: sm: expected none for cpu, got 90
+fused_moe: num_experts: expected at least 1, got -3
+fused_moe: top_k: expected at least 1, got 0
+fused_moe: top_k: expected a whole number, got True
+grouped_gemm: k: expected a whole number, got '64'
+grouped_gemm: b_parts: expected a whole number, got 2.0
+grouped_gemm: n: expected a multiple of 2, which b_parts is, got 7
+topk: top_k: expected 1 to 4, got 10
+fused_moe: out_dtype: expected one of bfloat16, float16, float32, got bf16
+fused_moe: out_dtype: expected one of bfloat16, float16, float32, got float64
+fused_moe: bias_dtype: expected one of bfloat16, float16, float32, got int8""",
+    )
+    assert moe.explain(device="cpu", top_k=8, num_experts=4).backend == "reference"  # local experts
+
+
 def test_other_devices_have_the_reference_by_name() -> None:
     for device in ("xpu", "mps", "meta"):
         explanation = moe.explain(device=device)
         assert explanation.problem.built == {"reference"}
-        assert "called by name" in explanation.verdicts[-1].reason
+        reasons = [verdict.reason for verdict in explanation.verdicts]
+        assert set(reasons[:-1]) == {f"needs a CUDA device, got {device}"}
+        assert reasons[-1] == f"there is no backend for {device} tensors; plain torch runs only when called by name"
 
 
 def test_backends_called_by_name_check_inside_a_custom_op() -> None:

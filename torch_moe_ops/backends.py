@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 
 from .activations import get_activation
 from .formats import FORMATS, get_format
-from .meta_kernels._check import expect_range, refuse
+from .meta_kernels._check import FLOATS, expect_choice, expect_range, refuse
 from .meta_kernels.grouped_gemm import check_formats
 from .packed_weights import BLOCK, BLOCK_BYTES, PACKABLE, ROUNDED_ACTS
 
@@ -134,6 +135,8 @@ class Explanation:
 
 
 def _reference(p: Problem) -> str | None:
+    if p.device_type not in ("cpu", "cuda"):
+        return f"there is no backend for {p.device_type} tensors; plain torch runs only when called by name"
     if p.device_type != "cpu":
         return "plain torch; on a GPU it runs only when called by name"
     return None
@@ -143,7 +146,8 @@ def _triton(p: Problem) -> str | None:
     if p.device_type == "cpu":
         return "Triton's interpreter is for tests; on a CPU it runs only when called by name"
     return (
-        _not_built(p, "triton", "the triton package is not installed")
+        _not_on_gpu(p)
+        or _not_built(p, "triton", "the triton package is not installed")
         or _needs_sm(p, range(80, 1000), "sm80 or later")
         or _needs_format(p, "triton")
     )
@@ -376,26 +380,46 @@ def explain(
         for name, size in own.items() if set(own.values()) != {None} else ():
             if size is None:
                 refuse(op, name, f"a size, since {' and '.join(own)} are given together", None)
-            expect_range(op, name, size, 1)
+            _expect_whole(op, name, size)
             if name != "n" and size % pack:
                 refuse(op, name, f"a multiple of {pack} for {format}", size)
     if packed and format not in PACKABLE:
         refuse(op, "packed", f"False for {format}", packed)
-    expect_range(op, "b_parts", b_parts, 1)
+    _expect_whole(op, "b_parts", b_parts)
+    for name, count in (("num_experts", num_experts), ("top_k", top_k)):
+        if count is not None:
+            _expect_whole(op, name, count)
+    if op == "topk" and num_experts and top_k:
+        expect_range(op, "top_k", top_k, 1, num_experts)
+    for name, dtype in (("out_dtype", out_dtype), ("bias_dtype", bias_dtype)):
+        if dtype is not None:
+            expect_choice(op, name, dtype, FLOATS)
     gemms: tuple[Gemm, ...] = ()
     if op == "fused_moe" and hidden_size and intermediate_size:
         gemms = (Gemm(parts * intermediate_size, hidden_size, parts), Gemm(hidden_size, intermediate_size))
     elif op == "grouped_gemm" and n and k:
+        if n % b_parts:
+            refuse(op, "n", f"a multiple of {b_parts}, which b_parts is", n)
         gemms = (Gemm(n, k, b_parts),)
     if device is None:
         device = "cuda" if sm is not None or torch.cuda.is_available() else "cpu"
     device = torch.device(device)
+    if sm is not None:
+        _expect_whole("explain", "sm", sm, 1 if device.type == "cuda" else 0)
+        if sm and device.type != "cuda":
+            refuse("explain", "sm", f"none for {device.type}", sm)
     if device.type == "cuda" and sm is None and not torch.cuda.is_available():
         refuse("explain", "device", "cpu, or sm, where there is no CUDA GPU", device)
     sm = compute_capability(device) if sm is None else sm
     built = built_backends(op, device.type)
     facts = (format, act_format, activation, gemms, num_experts, top_k, out_dtype, bias_dtype)
     return explain_problem(Problem(op, device.type, sm, built, *facts, packed=packed))
+
+
+def _expect_whole(op: str, name: str, value: object, low: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        refuse(op, name, "a whole number", repr(value))
+    expect_range(op, name, value, low)
 
 
 def explain_choices(format: str, act_formats: Sequence[str], **facts: object) -> list[Explanation]:

@@ -232,6 +232,19 @@ def test_workspace_bytes_follows_alignment_and_activation() -> None:
     assert moe.workspace_bytes(*sizes) - moe.workspace_bytes(*sizes, activation="silu_no_mul") == rows * 4 * 96
 
 
+def test_workspace_bytes_refuses_what_the_op_refuses() -> None:
+    sizes = {"num_tokens": 13, "hidden_size": 160, "intermediate_size": 96, "num_experts": 5, "top_k": 2}
+    for wrong, message in (
+        ({"alignment": 0}, "alignment: expected at least 1, got 0"),
+        ({"num_experts": 0}, "num_experts: expected at least 1, got 0"),
+        ({"hidden_size": -160}, "hidden_size: expected at least 0, got -160"),
+        ({"act_format": "int8"}, "act_format: expected bf16 for bf16 weights, got int8"),
+        ({"act_format": "fp7"}, "act_format: expected bf16 for bf16 weights, got fp7"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^workspace_bytes: {message}$"):
+            moe.workspace_bytes(**sizes | wrong)
+
+
 @pytest.mark.parametrize("format", ["bf16", *QUANTISED])
 def test_autocast_changes_nothing(format: str) -> None:
     call = make_moe(format)

@@ -74,6 +74,16 @@ def test_max_rows_is_the_exact_worst_case(num_slots: int, num_experts: int, alig
     assert moe.max_rows(num_slots, num_experts, alignment) == worst
 
 
+def test_max_rows_refuses_sizes_that_there_are_not() -> None:
+    for args, message in (
+        ((10, 4, 0), "alignment: expected at least 1, got 0"),
+        ((-1, 4, 1), "num_slots: expected at least 0, got -1"),
+        ((10, -4, 8), "num_experts: expected at least 0, got -4"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^max_rows: {message}$"):
+            moe.max_rows(*args)
+
+
 def test_ids_out_of_range() -> None:
     def message(ids: list[int], num_experts: int, expert_map: Tensor | None = None) -> str:
         with pytest.raises(RuntimeError) as caught:
