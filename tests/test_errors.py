@@ -166,6 +166,7 @@ def test_grouped_gemm() -> None:
             ((), {"b_scale": None}),
             ((), {"b_scale": b_scale[:, :1]}),
             ((), {"b_parts": 5}),
+            ((), {"b_parts": 2**32}),
             ((), {"b_global_scale": torch.ones(3)}),
             ((), {"a_global_scale": torch.ones(1)}),
             ((), {"bias": torch.ones(3, 5)}),
@@ -188,6 +189,7 @@ grouped_gemm: a_scale: expected float32 [6, 2] on cpu, got float64 [6, 2] on cpu
 grouped_gemm: b_scale: expected a scale for fp8_block, got None
 grouped_gemm: b_scale: expected float32 [3, 2, 2] on cpu, got float32 [3, 1, 2] on cpu
 grouped_gemm: b: expected a multiple of 5 rows per expert, got [3, 192, 160]
+grouped_gemm: b_parts: expected 1 to 2147483647, got 4294967296
 grouped_gemm: b_global_scale: expected none for fp8_block, got [3]
 grouped_gemm: a_global_scale: expected none for fp8_block, got [1]
 grouped_gemm: bias: expected bfloat16 or float16 or float32 [3, 192] on cpu, got float32 [3, 5] on cpu

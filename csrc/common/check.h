@@ -37,8 +37,11 @@ template <typename Expected, typename Got>
     }                                                       \
   } while (0)
 
+// An error that is thrown is forgotten by CUDA, so that the next call doesn't find it.
 inline void check_cuda(const char* op, cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
 }
 
 // One comparison, where scalar_type() compares with one dtype after another.

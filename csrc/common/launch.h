@@ -39,12 +39,12 @@ inline bool device_has_pdl() {
   return built;
 }
 
-// Launches `kernel<<<grid, block, smem, stream>>>(args...)`, with PDL where there is.
+// Launches `kernel<<<grid, block, smem, stream>>>(args...)`; `overlap`: with PDL.
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream, Args&&... args) {
+cudaError_t launch_with(bool overlap, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream, Args&&... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = device_has_pdl();
+  attribute.val.programmaticStreamSerializationAllowed = overlap;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
@@ -53,6 +53,12 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem
   config.attrs = &attribute;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+// With PDL where there is.
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream, Args&&... args) {
+  return launch_with(device_has_pdl(), kernel, grid, block, smem, stream, static_cast<Args&&>(args)...);
 }
 
 }  // namespace moe

@@ -34,9 +34,12 @@ T* pointer(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
+// Null: there is no tensor. One without elements, whose own address is null, has one that nobody reads.
 template <typename T>
 T* pointer(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+  static std::remove_const_t<T> nothing;
+  if (!tensor) return nullptr;
+  return tensor->numel() > 0 ? static_cast<T*>(tensor->data_ptr()) : &nothing;
 }
 
 inline DType float_dtype(const Tensor& tensor) {

@@ -286,6 +286,7 @@ Tensor run_layer(const Text& tactic, const Tensor& hidden_states, const Tensor& 
   const int64_t parts = is_gated(layer.activation.kind) ? 2 : 1;
   GroupedGemmArgs gemm1 = weight_args(kOp, "w13", w13, w13_scale, w13_global_scale, w13_bias, weight_format, parts, hidden_states);
   GroupedGemmArgs gemm2 = weight_args(kOp, "w2", w2, w2_scale, w2_global_scale, w2_bias, weight_format, 1, hidden_states);
+  MOE_EXPECT(gemm2.num_experts >= 1, kOp, "w2", "at least one expert", describe(w2));
   layer.intermediate_size = gemm2.k;
   MOE_EXPECT(gemm1.num_experts == gemm2.num_experts && gemm1.n == parts * gemm2.k && gemm1.k == layer.hidden_size, kOp, "w13",
              "sizes that fit hidden_states and w2", describe(w13));

@@ -46,6 +46,7 @@ inline const char* block_scaled_why_not(const BlockScaledArgs& args) {
   const auto aligned = [](const void* pointer, int bytes = 16) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
   if (args.out_dtype == DType::float16) return "this kernel writes bfloat16 or float32";
   if (args.bias && args.bias_dtype != DType::bfloat16) return "this kernel adds a bfloat16 bias";
+  if (args.k == 0) return "K must be at least 1";
   if (args.k % (16 * pack(args.format)) != 0) return "k must be a multiple of 16 bytes";
   if (args.act_format != args.format && args.k % kMixedAlignment != 0) return "k must be a multiple of 128 where formats differ";
   if (args.act_format != args.format && !aligned(args.b, 32)) return "b must start at a multiple of 32 bytes where formats differ";

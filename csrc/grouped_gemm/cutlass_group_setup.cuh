@@ -182,7 +182,7 @@ cudaError_t run_gemm(const typename Gemm::Arguments& arguments, void* workspace,
   if (gemm.initialize(arguments, workspace, stream) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
   // An ordinary launch: it starts when the table is written, and CUTLASS's own overlap would not wait for that.
   if (gemm.run(stream) != cutlass::Status::kSuccess) return cudaErrorLaunchFailure;
-  return cudaGetLastError();
+  return cudaSuccess;
 }
 
 template <template <class> class Kernel>
@@ -206,9 +206,10 @@ const char* why_not_cutlass(const GroupedGemmArgs& args) {
   const bool is_fp8 = args.ab_dtype == DType::float8_e4m3;
   if (args.out_dtype == DType::float16) return "this kernel writes bfloat16 or float32";
   if (args.bias && args.bias_dtype != DType::bfloat16) return "this kernel adds a bfloat16 bias";
+  if (args.k == 0) return "K must be at least 1";
   if (args.k % (is_fp8 ? 16 : 8) != 0) return "k must be a multiple of 16 bytes";
   if (args.n % 8 != 0) return "n must be a multiple of 8";
-  if (is_fp8 && args.b_parts > 1 && args.n % (128 * args.b_parts) != 0) {
+  if (is_fp8 && args.b_parts > 1 && args.n % (int64_t{128} * args.b_parts) != 0) {
     return "each of the b_parts must be a multiple of 128 rows, so that no scale block straddles two of them";
   }
   if (!aligned(args.a) || !aligned(args.b) || !aligned(args.out)) {

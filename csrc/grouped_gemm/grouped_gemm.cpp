@@ -124,7 +124,7 @@ Tensor block_scaled_with(const BlockScaledLauncher& launcher, const Tensor& a, c
   const int64_t num_experts = b.size(0), n = b.size(1), k = b.size(2) * pack(format), columns = scale_columns(format, k);
   expect_values("a", a, act_format, {"P", k / pack(act_format)}, a);
   expect_out_dtype(dtype);
-  MOE_EXPECT(b_parts >= 1 && n % b_parts == 0, kOp, "b", "a multiple of " << b_parts << " rows per expert", n);
+  expect_parts(kOp, "b", b_parts, n);
   expect_tensor(kOp, "expert_offsets", expert_offsets, {ScalarType::Int}, {num_experts + 1}, a);
   expect_tensor(kOp, "expert_rows", expert_rows, {ScalarType::Int}, {num_experts}, a);
   expect_tensor(kOp, "bias", bias, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, {num_experts, n}, a);

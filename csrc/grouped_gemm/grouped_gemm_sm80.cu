@@ -11,6 +11,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "common/launch.h"
 #include "grouped_gemm/grouped_gemm.h"
 
 namespace moe {
@@ -304,8 +305,7 @@ cudaError_t launch_tiles(const GroupedGemmArgs& args, cudaStream_t stream) {
   const int64_t row_tiles = args.num_rows / kTileM + partly_filled;
   const int64_t tiles = row_tiles * ceil_div(args.n, kTileN), resident = int64_t{num_sms} * kBlocksPerSm<kTileM>;
   // An ordinary launch, without programmatic overlap: PTX of compute_80 has no instruction to wait for the predecessor.
-  kernel<<<static_cast<unsigned>(tiles < resident ? tiles : resident), kThreads, kSmem, stream>>>(args);
-  return cudaGetLastError();
+  return launch_with(false, kernel, static_cast<unsigned>(tiles < resident ? tiles : resident), kThreads, kSmem, stream, args);
 }
 
 // Few rows an expert is bound by reading b: short tiles waste the least. Limits are the mean; the result is the same.

@@ -24,6 +24,11 @@ inline void expect_scale(const char* op, const std::string& argument, const std:
   refuse(op, argument.c_str(), describe({ScalarType::Float}, dims, device_name(like)), scale ? describe(*scale) : "None");
 }
 
+inline void expect_parts(const char* op, const char* name, int64_t parts, int64_t n) {
+  MOE_EXPECT(parts >= 1 && parts <= INT32_MAX, op, "b_parts", "1 to " << INT32_MAX, parts);
+  MOE_EXPECT(n % parts == 0, op, name, "a multiple of " << parts << " rows per expert", n);
+}
+
 // b as pack_weight gives it: blocks that hold the scales, too.
 inline Packing packing_of(const Tensor& b, Format format) {
   if (b.dim() != 4) return Packing::none;
@@ -65,7 +70,7 @@ inline GroupedGemmArgs weight_args(const char* op, const std::string& name, cons
   if (packed) expect_tensor(op, name.c_str(), b, {dtype}, {"E", "N/64", "K/64", packed_block_bytes(args.packing)}, like);
   else expect_tensor(op, name.c_str(), b, {dtype}, {"E", "N", "K"}, like);
   const int64_t num_experts = b.size(0), n = b.size(1) * (packed ? kPackedBlock : 1), k = b.size(2) * (packed ? kPackedBlock : 1);
-  MOE_EXPECT(parts >= 1 && n % parts == 0, op, name.c_str(), "a multiple of " << parts << " rows per expert", n);
+  expect_parts(op, name.c_str(), parts, n);
   args.b = b.data_ptr();
   args.ab_dtype = args.packing == Packing::mxfp4_e4m3 ? DType::float8_e4m3 : packed ? DType::bfloat16 : element_dtype(dtype);
   args.num_experts = static_cast<int32_t>(num_experts);

@@ -234,27 +234,26 @@ cudaError_t topk(const TopkArgs& args, cudaStream_t stream) {
 
 namespace {
 
-void check_topk(const TopkArgs& args) {
-  constexpr const char* kOp = "topk";
-  const int experts = args.num_experts, groups = args.num_groups;
+constexpr const char* kOp = "topk";
+
+void check_sizes(int64_t experts, int64_t top_k, int64_t groups, int64_t topk_groups) {
   MOE_EXPECT(experts >= 1 && experts <= kTopkMaxExperts, kOp, "router_logits", "1 to " << kTopkMaxExperts << " experts",
              experts);
   MOE_EXPECT(groups >= 1 && groups <= kTopkMaxGroups && experts % groups == 0, kOp, "num_groups",
              "a divisor of " << experts << ", at most " << kTopkMaxGroups, groups);
-  MOE_EXPECT(args.topk_groups >= 1 && args.topk_groups <= groups, kOp, "topk_groups", "1 to " << groups,
-             args.topk_groups);
-  const int candidates = std::min(kTopkMaxTopk, experts / groups * args.topk_groups);
-  MOE_EXPECT(args.top_k >= 1 && args.top_k <= candidates, kOp, "top_k", "1 to " << candidates, args.top_k);
+  MOE_EXPECT(topk_groups >= 1 && topk_groups <= groups, kOp, "topk_groups", "1 to " << groups, topk_groups);
+  const int64_t candidates = std::min<int64_t>(kTopkMaxTopk, experts / groups * topk_groups);
+  MOE_EXPECT(top_k >= 1 && top_k <= candidates, kOp, "top_k", "1 to " << candidates, top_k);
 }
 
 std::tuple<Tensor, Tensor> topk_cuda(const Tensor& router_logits, int64_t top_k, const Text& scoring,
                                      const std::optional<Tensor>& correction_bias, int64_t num_groups,
                                      int64_t topk_groups, bool renormalize, double routed_scaling_factor) {
-  constexpr const char* kOp = "topk";
   expect_tensor(kOp, "router_logits", router_logits, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float},
                 {"T", "Eg"}, router_logits);
   expect_tensor(kOp, "correction_bias", correction_bias, {ScalarType::Float}, {router_logits.size(1)}, router_logits);
   MOE_EXPECT(scoring == "softmax" || scoring == "sigmoid", kOp, "scoring", "one of softmax, sigmoid", scoring);
+  check_sizes(router_logits.size(1), top_k, num_groups, topk_groups);
   TopkArgs args;
   args.router_logits = router_logits.data_ptr();
   args.dtype = float_dtype(router_logits);
@@ -267,7 +266,6 @@ std::tuple<Tensor, Tensor> topk_cuda(const Tensor& router_logits, int64_t top_k,
   args.topk_groups = static_cast<int32_t>(topk_groups);
   args.renormalize = renormalize;
   args.routed_scaling_factor = static_cast<float>(routed_scaling_factor);
-  check_topk(args);
   Tensor weights = empty({args.num_tokens, top_k}, ScalarType::Float, router_logits);
   Tensor ids = empty({args.num_tokens, top_k}, ScalarType::Int, router_logits);
   args.topk_weights = pointer<float>(weights);

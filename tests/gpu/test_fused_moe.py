@@ -540,6 +540,7 @@ def bad_calls(call: Call) -> dict[str, Call]:
         "w13": call.but(x, w13[:, :100].contiguous()),
         "w2": call.but(x, w13, w2[:1].contiguous()),
         "w2 transposed": call.but(x, w13, w2.mT),
+        "no experts": call.but(x, w13[:0], w2[:0], **{s: call.options[s][:0] for s in ("w13_scale", "w2_scale")}),
         "topk_weights": call.but(x, w13, w2, topk_weights.half()),
         "topk_weights, tokens": call.but(x, w13, w2, topk_weights[:2].contiguous()),
         "topk_ids": call.but(*call.args[:4], ids.long()),

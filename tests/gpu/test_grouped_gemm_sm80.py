@@ -140,3 +140,25 @@ def test_masked_form(format, max_m):
 def test_says_what_it_cannot_run(format, n, k, reason):
     with pytest.raises(RuntimeError, match=reason):
         make_call(format, [3, 2], n, k)(ops.grouped_gemm.cutlass_sm80)
+
+
+@pytest.mark.parametrize("b_parts", [0, 2**32, 2**33])
+def test_parts_that_are_no_int32(b_parts):
+    """Of no columns, which every number divides."""
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="b_parts: expected 1 to 2147483647, got"):
+        make_call("bf16", [3, 2], 0, 64)(ops.grouped_gemm.cutlass_sm80, b_parts=b_parts)
+
+
+def test_an_error_of_another_kernel_is_not_this_ones():
+    major, minor = torch.cuda.get_device_capability()
+    others = [family for family in (90, 100) if f"cutlass_sm{family}" in built_backends("grouped_gemm", "cuda")]
+    others = [family for family in others if family // 10 != major]  # sm120 has no bf16
+    if not others:
+        pytest.skip(f"needs a build for another family than sm_{major}{minor}")
+    call = make_call("bf16", ROUTINGS["ragged"], 264, 272)
+    used = slice(0, sum(ROUTINGS["ragged"]))
+    expected = call(ops.grouped_gemm.cutlass_sm80)[used]
+    for family in others:
+        with pytest.raises(RuntimeError, match="grouped_gemm: CUDA: "):
+            call(getattr(ops.grouped_gemm, f"cutlass_sm{family}"))
+        assert torch.equal(call(ops.grouped_gemm.cutlass_sm80)[used], expected)

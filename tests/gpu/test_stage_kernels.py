@@ -151,6 +151,16 @@ def test_sort_slots(kind, num_experts, alignment):
             assert_same_bits(result, expected)
 
 
+@pytest.mark.parametrize("tokens", [1, 33, 4097])
+def test_sort_slots_with_a_map_of_no_experts(tokens):
+    ids = routing("out of range", tokens, 8, 48)
+    expert_map = torch.empty(0, dtype=torch.int32, device="cuda")
+    expected = ops.sort_slots.reference(ids, 48, expert_map=expert_map)
+    for result, rows in zip(ops.sort_slots.cuda(ids, 48, expert_map=expert_map), expected, strict=True):
+        assert_same_bits(result, rows)
+    assert (expected[1] < 0).all()
+
+
 @pytest.mark.parametrize("kind", ["random", "absent", "one hot expert", "out of range"])
 def test_sort_slots_with_expert_map(kind):
     num_ids, num_experts = 384, 48
@@ -385,6 +395,7 @@ def test_arguments_are_checked_in_inference_mode():
     words = torch.zeros(1, 1, device="cuda", dtype=torch.int32).expand(4, 2)
     atoms = torch.zeros(513, device="cuda").byte()[1:].view(1, 1, 32, 4, 4)  # at an odd address
     offsets = torch.tensor([0, 128], device="cuda").int()
+    logits = torch.zeros(4, 64, device="cuda")
     for op, message in (
         (lambda: ops.quantize.cuda(x, "nvfp4", global_scale=torch.tensor(0.5)), "quantize: global_scale"),
         (lambda: ops.act_mul.cuda(rows, one), "act_mul: expert_offsets"),
@@ -392,6 +403,9 @@ def test_arguments_are_checked_in_inference_mode():
         (lambda: ops.unpack_scale.cuda(words, "words", 4, 8, torch.uint8), "unpack_scale: packed"),
         (lambda: ops.unpack_scale.cuda(words.contiguous(), "words", 4, 8, torch.float32), "unpack_scale: dtype"),
         (lambda: ops.unpack_scale.cuda(atoms, "atom", 128, 4, torch.uint8), "unpack_scale: packed"),
+        (lambda: ops.topk.cuda(logits, 2**32 + 1), "topk: top_k"),
+        (lambda: ops.topk.cuda(logits, 1, num_groups=2**32 + 1), "topk: num_groups"),
+        (lambda: ops.topk.cuda(logits, 1, num_groups=2, topk_groups=2**32 + 1), "topk: topk_groups"),
         (
             lambda: ops.unpack_scale.cuda(atoms.cpu(), "atom", 128, 4, torch.uint8, expert_offsets=offsets),
             "unpack_scale: packed",

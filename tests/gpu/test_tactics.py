@@ -140,6 +140,19 @@ def test_routing_of_the_kernel_before(sm90_product: str, num_tokens: int) -> Non
         assert different == 0, f"{tactic}: {different} of {len(outputs)}"
 
 
+@pytest.mark.parametrize("num_tokens", [1, 6, 320])
+def test_expert_map_without_elements(sm90_product: str, num_tokens: int) -> None:
+    """No id is in range; it is not the same as no map."""
+    call = layer(sm90_product, num_tokens).but(expert_map=torch.empty(0, dtype=torch.int32, device=DEVICE))
+    ids = call.args[4].clone()
+    ids[num_tokens // 2] = -1
+    for tactic in possible_tactics(sm90_product, split=num_tokens < 320):
+        output = with_tactic(with_ids(call, ids), tactic)
+        assert not output[num_tokens // 2].any(), tactic
+        output[num_tokens // 2] = torch.nan
+        assert output.isnan().all(), tactic
+
+
 @pytest.mark.parametrize("tactic", ["split64+gemm2", "gated256", "gated32"])
 def test_impossible_tactics_are_refused(sm90_product: str, tactic: str) -> None:
     if tactic == "gated32" and sm90_product in BF16_LAYOUT:
