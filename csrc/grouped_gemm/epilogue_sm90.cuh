@@ -10,6 +10,7 @@ namespace moe::sm90 {
 constexpr int kWarpgroupBarrier = 1;  // to 4: one warpgroup each
 constexpr int kActBarrier = 5;        // the threads that store act
 constexpr int kPairBarrier = 6;       // to 9: two warps (half-wide tiles); paired: two of each pair of warpgroups
+constexpr int kHeldBarrier = 10;      // all consumers
 constexpr int kActThreads = 256;
 __device__ __forceinline__ void sync_threads(int barrier, int count) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory"); }
 __device__ __forceinline__ void arrive_threads(int barrier, int count) { asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(count) : "memory"); }
@@ -44,15 +45,6 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t m0, ui
 
 // Staging is [tokens][8 chunks of 16 bytes], chunk c of token t at c ^ (t % 8): no bank conflicts on either side.
 __device__ __forceinline__ uint32_t staged(int token, int chunk) { return token * 128 + (chunk ^ (token % 8)) * 16; }
-
-// Before staging that TMA stores from (store_tile()) is written again, or the thread block ends, by all lanes of the warp that stored.
-template <class C>
-__device__ __forceinline__ void wait_stores() {
-  if constexpr (C::kStoresTiles) {
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-    __syncwarp();
-  }
-}
 
 // nvfp4: what products of one part of a GEMM's weights are multiplied by, which come as 1 / kUnpackedScale of what they are.
 template <class C>
@@ -248,7 +240,7 @@ struct NarrowEpilogue {
   }
 
   __device__ __forceinline__ void run() {
-    wait_stores<C>();
+    if constexpr (!C::kHoldsStage) wait_stores<C>();
     if constexpr (C::kPacked) apply_global_scales();
     if (g.bias != nullptr) unrolled<C::kWaves>([&](auto w) { add_bias(w); });
     if constexpr (C::kGated) {

@@ -14,11 +14,11 @@ struct WideEpilogue {
   const Smem<C>& smem;
   const Tile& tile;
   const GemmParams& g;
+  const int held;  // the stage that is staging, too, or -1
   float (&total)[C::kWaves * 64];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warpgroup = warp / 4;
   const int warp_token = (kHalfWide ? warp % 4 : warp) * 16;  // first of the 16 tokens of this warp
   const uint32_t staging = smem.staging + warp * 16 * 128;
-  const uint8_t* staging_ptr = smem.staging_ptr + warp * 16 * 128;
 
   __device__ int token_of(int half) const { return warp_token + lane / 4 + 8 * half; }  // of accumulators with i / 2 % 2 == half
   __device__ int column_of(int i) const { return 8 * (i / 4) + 2 * (lane % 4) + i % 2; }
@@ -38,21 +38,37 @@ struct WideEpilogue {
     }
   }
 
+  // Where 64 columns of the 16 tokens of this warp are staged. Of the held stage, a warpgroup's own are the tokens in a wide tile, and its wave in
+  // a half-wide one.
+  __device__ __forceinline__ uint32_t staging_of(int chunk) const {
+    if (!C::kHoldsStage || held < 0 || chunk == 0) return staging;
+    const uint32_t tokens = smem.tokens + held * C::kTokenBytes, weights = smem.weights + held * C::kWeightBytes;
+    if (kHalfWide) return weights + warpgroup * kWideBytes + warp % 4 * 16 * 128;
+    return chunk == 1 ? tokens + warp * 16 * 128 : weights + (2 * warp + chunk - 2) * 16 * 128;
+  }
+
+  // Before chunk 1 is staged: the first chunk does not need the held stage, which others may still multiply.
+  __device__ __forceinline__ void wait_for_held() const {
+    if (!C::kHoldsStage || held < 0) return;
+    if (kHalfWide) sync_threads(kWarpgroupBarrier + warpgroup, 128);
+    else sync_threads(kHeldBarrier, C::kConsumers);
+  }
+
   // 16 tokens x 128 bytes from staging to out, 16 bytes a lane; `bytes` of the 128 exist.
-  __device__ __forceinline__ void copy_out(uint8_t* out, int64_t stride, int32_t bytes) {
+  __device__ __forceinline__ void copy_out(uint32_t staging, uint8_t* out, int64_t stride, int32_t bytes) {
     __syncwarp();
 #pragma unroll
     for (int t = lane / 8; t < 16; t += 4) {
       const int chunk = lane % 8;
       if (warp_token + t < tile.valid_tokens && chunk * 16 < bytes)
         *reinterpret_cast<uint4*>(out + (tile.token + warp_token + t) * stride + chunk * 16) =
-            *reinterpret_cast<const uint4*>(staging_ptr + staged(t, chunk));
+            *reinterpret_cast<const uint4*>(smem.staging_ptr + int32_t(staging - smem.staging) + staged(t, chunk));
     }
     __syncwarp();  // read before it is written again
   }
 
   // The same of 16 bits by TMA, where all tokens and columns exist; wait_stores() before staging is used again.
-  __device__ __forceinline__ void store_tile(int32_t column) {
+  __device__ __forceinline__ void store_tile(uint32_t staging, int32_t column) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncwarp();
     if (lane > 0) return;
@@ -67,7 +83,10 @@ struct WideEpilogue {
 #pragma unroll
     for (int first = 0; first < kColumns; first += 64) {
       if (first >= columns) break;
-      if (first > 0 || kFirst > 0) wait_stores<C>();
+      const int chunk = kFirst / 32 + first / 64;
+      if (chunk > 0 && !C::kHoldsStage) wait_stores<C>();
+      if (chunk == 1) wait_for_held();
+      const uint32_t staging = staging_of(chunk);
       auto packed = [&](int group, int half) {
         const int i = kFirst + 4 * (first / 8 + group) + 2 * half;
         return pack_16bit(g.out_dtype, total[i], total[i + 1]);
@@ -76,8 +95,8 @@ struct WideEpilogue {
       for (int group = 0; group < 8; group += 2)
         store_matrices(staging + staged((lane / 8) % 2 * 8 + lane % 8, group + lane / 16), packed(group, 0), packed(group, 1),
                        packed(group + 1, 0), packed(group + 1, 1));
-      if (C::kStoresTiles && g.stores_tiles && warp_token + 16 <= tile.valid_tokens && columns - first >= 64) store_tile(column + first);
-      else copy_out(static_cast<uint8_t*>(g.out) + 2 * (column + first), 2 * int64_t(g.out_stride), 2 * (columns - first));
+      if (C::kStoresTiles && g.stores_tiles && warp_token + 16 <= tile.valid_tokens && columns - first >= 64) store_tile(staging, column + first);
+      else copy_out(staging, static_cast<uint8_t*>(g.out) + 2 * (column + first), 2 * int64_t(g.out_stride), 2 * (columns - first));
     }
   }
 
@@ -131,7 +150,7 @@ struct WideEpilogue {
       const uint16_t pair = __nv_cvt_float2_to_fp8x2(v, __NV_SATFINITE, __NV_E4M3);
       asm volatile("st.shared.u16 [%0], %1;" ::"r"(staging + staged(lane / 4 + 8 * half, column / 16) + column % 16), "h"(pair) : "memory");
     }
-    copy_out(static_cast<uint8_t*>(g.out) + channel, g.out_stride, min(2 * kWave, g.part_rows - channel));
+    copy_out(staging, static_cast<uint8_t*>(g.out) + channel, g.out_stride, min(2 * kWave, g.part_rows - channel));
   }
 
   // Half-wide: values[i] becomes that of the same lane of the other warpgroup's warp with the same tokens. Through both warps' staging.
@@ -160,7 +179,7 @@ struct WideEpilogue {
   }
 
   __device__ __forceinline__ void run() {
-    wait_stores<C>();
+    if constexpr (!C::kHoldsStage) wait_stores<C>();
     if (g.bias != nullptr) {
       if constexpr (kHalfWide) add_bias<0>(warpgroup);
       else unrolled<C::kWaves>([&](auto w) { add_bias<w * 64>(w); });

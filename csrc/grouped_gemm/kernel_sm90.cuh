@@ -82,7 +82,8 @@ struct Config {
   // With narrow tiles of 64 tokens beside wide ones of two waves, ptxas runs out of registers and makes every wgmma wait (C7511): those kernels
   // have half-wide ones, which take the wide ones' loop.
   static constexpr bool kHasHalfWide = kHasWide && kWaves == 2;
-  static constexpr bool kStoresTiles = kHasWide && kFloat8;  // by TMA, not by the consumers (history, 37)
+  static constexpr bool kStoresTiles = kHasWide && (kFloat8 || !kFused);  // by TMA, not by the consumers (history, 37, 38)
+  static constexpr bool kHoldsStage = kStoresTiles && !kFloat8;           // see release_held()
   static constexpr int kExtraTokens = kHasHalfWide && !kFloat8 ? sm90::kExtraTokens : 0;  // of tall tiles; with one wave they would cost a stage of six
   // Tiles of 48 tokens. Packed weights are unpacked or multiplied, hardly both at a time (history, 34), so that less to multiply counts; with 16-bit
   // tokens those kernels have no registers for one loop more.
@@ -416,6 +417,25 @@ __device__ __forceinline__ void wait_full(const Smem<C>& smem, const PipelineSta
 template <class C>
 __device__ __forceinline__ void release(const Smem<C>& smem, int stage) {
   smem.empty[stage].arrive();
+}
+
+// Before staging that TMA stores from (store_tile()) is written again, or the thread block ends, by all lanes of the warp that stored.
+template <class C>
+__device__ __forceinline__ void wait_stores() {
+  if constexpr (C::kStoresTiles) {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    __syncwarp();
+  }
+}
+
+// The last stage of a wide tile is staging, too, once it is multiplied: nothing of the tile waits until TMA has read what is staged before. It is
+// released while the next tile's first stage is multiplied.
+template <class C>
+__device__ __forceinline__ void release_held(const Smem<C>& smem, int& held) {
+  if (!C::kHoldsStage || held < 0) return;
+  wait_stores<C>();
+  release<C>(smem, held);
+  held = -1;
 }
 
 // Stages that this warpgroup has no rows of.

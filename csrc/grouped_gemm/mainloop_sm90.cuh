@@ -158,9 +158,9 @@ __device__ __forceinline__ void multiply_float8_wide(const Smem<C>& smem, Pipeli
   }
 }
 
-// 16 bits, narrow and wide: one K block in flight while the next is issued. `issue(stage)` starts the wgmma of a block.
+// 16 bits, narrow and wide: one K block in flight while the next is issued. `issue(stage)` starts the wgmma of a block. hold: the last stage.
 template <class C, class Issue, int... kCount>
-__device__ __forceinline__ void multiply_16bit(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, Issue&& issue,
+__device__ __forceinline__ void multiply_16bit(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, bool hold, int& held, Issue&& issue,
                                                float (&... sums)[kCount]) {
   int previous = -1;
   (clear(sums), ...);
@@ -173,15 +173,17 @@ __device__ __forceinline__ void multiply_16bit(const Smem<C>& smem, PipelineStat
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<1>();
     if (previous >= 0) release<C>(smem, previous);
+    else release_held<C>(smem, held);
     previous = pipe.stage;
   }
   cute::warpgroup_wait<0>();
   (fence_registers(sums), ...);
-  release<C>(smem, previous);
+  if (C::kHoldsStage && hold) held = previous;
+  else release<C>(smem, previous);
 }
 
 template <class C, int kTokens>
-__device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, int warpgroup,
+__device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, int warpgroup, int& held,
                                          float (&total)[C::kWaves * kTokens / 2]) {
   if constexpr (C::kPacked && C::kFloat8) {
     multiply_packed_float8<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
@@ -202,12 +204,12 @@ __device__ __forceinline__ void multiply(const Smem<C>& smem, PipelineState<C::k
               in.tokens + kk / 4 * (C::kBlockTokenBytes >> 4) + 2 * (kk % 4), total, true);
         });
     };
-    multiply_16bit<C>(smem, pipe, k_stages, issue, total);
+    multiply_16bit<C>(smem, pipe, k_stages, false, held, issue, total);
   }
 }
 
 template <class C, TileShape kShape, int kExtra>
-__device__ __forceinline__ void multiply_wide(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, int warpgroup,
+__device__ __forceinline__ void multiply_wide(const Smem<C>& smem, PipelineState<C::kStages>& pipe, int k_stages, int warpgroup, bool hold, int& held,
                                               float (&total)[C::kWaves * 64], float (&extra)[kExtra]) {
   if constexpr (C::kFloat8) {
     multiply_float8_wide<C, kShape>(smem, pipe, k_stages, warpgroup, total);
@@ -226,8 +228,8 @@ __device__ __forceinline__ void multiply_wide(const Smem<C>& smem, PipelineState
           });
       }
     };
-    if constexpr (kShape == TileShape::tall) multiply_16bit<C>(smem, pipe, k_stages, issue, total, extra);
-    else multiply_16bit<C>(smem, pipe, k_stages, issue, total);
+    if constexpr (kShape == TileShape::tall) multiply_16bit<C>(smem, pipe, k_stages, hold, held, issue, total, extra);
+    else multiply_16bit<C>(smem, pipe, k_stages, hold, held, issue, total);
   }
 }
 

@@ -11,6 +11,7 @@ template <class C>
 __device__ __forceinline__ void consume(const KernelParams& p, const Smem<C>& smem) {
   PipelineState<C::kStages> pipe;
   TileSlot slot;
+  int held = -1;  // the stage that is held, see release_held()
   // What decides about loops and descriptors is made uniform, so that the descriptors stay in uniform registers: otherwise ptxas
   // moves each of them there again before every wgmma (R2UR).
   auto uniform = [](uint32_t x) { return __shfl_sync(~0u, x, 0); };
@@ -32,13 +33,13 @@ __device__ __forceinline__ void consume(const KernelParams& p, const Smem<C>& sm
       }
     auto narrow = [&]<int kTokens>() {
       float total[C::kWaves * kTokens / 2];
-      multiply<C, kTokens>(smem, pipe, k_stages, warpgroup, total);
+      multiply<C, kTokens>(smem, pipe, k_stages, warpgroup, held, total);
       NarrowEpilogue<C, kTokens>{p, smem, tile, g, total}.run();
     };
     auto wide = [&]<TileShape kShape>() {
       float total[C::kWaves * 64], extra[C::kExtraTokens > 0 ? C::kWaves * C::kExtraTokens / 2 : 1];
-      multiply_wide<C, kShape>(smem, pipe, k_stages, warpgroup, total, extra);
-      WideEpilogue<C, kShape == TileShape::half_wide>{p, smem, tile, g, total}.run();
+      multiply_wide<C, kShape>(smem, pipe, k_stages, warpgroup, g.stores_tiles, held, total, extra);
+      WideEpilogue<C, kShape == TileShape::half_wide>{p, smem, tile, g, held, total}.run();
       if constexpr (kShape == TileShape::tall) {
         Tile rest = tile;
         rest.token += C::kMaxTokens;
