@@ -368,7 +368,8 @@ def report(elements: str, points: Sequence[Timed], current: Constants, fitted: C
 
 def read_points(path: Path) -> dict[str, list[Timed]]:
     """By elements, in the order of the file."""
-    header, lines = read_results(path)
+    with _run.opened("fit: file", "a file of `tune.py measure`"):
+        header, lines = read_results(path)
     if (
         type(header.get("num_sms")) is not int
         or header["num_sms"] < 1
@@ -395,7 +396,9 @@ def read_points(path: Path) -> dict[str, list[Timed]]:
 
 
 def run_fit(args: argparse.Namespace) -> int:
-    current, points = read_table(args.header.read_text()), read_points(args.file)
+    with _run.opened("fit: --header", "the table"):
+        current = read_table(args.header.read_text())
+    points = read_points(args.file)
     fitted = {}
     for elements in ELEMENTS:
         fitted[elements] = current[elements]

@@ -478,18 +478,26 @@ def test_the_dot_after_the_prefix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(
-    "writer, suffix", [(deepseek_fp8, "weight_scale_inv"), (compressed_fp8, "weight_scale"), (mxfp8, "weight_scale")]
-)
-def test_fp8_scales_are_finite(
-    writer: Callable[[str, Tensor], Tensors], suffix: str, value: float, tmp_path: Path
-) -> None:
-    tensors, name = written(writer), f"{PREFIX}.2.down_proj.{suffix}"
-    bytes_only = tensors[name].dtype == torch.uint8  # E8M0, whose 255 is NaN; it has no infinity
-    tensors[name][-1, -1] = 255 if bytes_only else value
+@pytest.mark.parametrize("kind", [kind for kind in WRITERS if kind != "bfloat16"])
+def test_scales_are_finite(kind: str, value: float, tmp_path: Path) -> None:
+    tensors = written(WRITERS[kind][0])
+    suffixes = ("weight_scale", "weight_scale_inv", "scale")
+    [name] = [f"{PREFIX}.2.down_proj.{s}" for s in suffixes if f"{PREFIX}.2.down_proj.{s}" in tensors]
+    if tensors[name].element_size() == 1:  # E8M0's and E4M3's only NaN but for its sign; they have no infinity
+        value = float("nan")
+        tensors[name].view(torch.uint8)[-1, -1] = 0x7F if tensors[name].dtype == torch.float8_e4m3fn else 0xFF
+    else:
+        tensors[name][-1, -1] = value
     save_file(tensors, tmp_path / "model.safetensors")
-    got = "nan" if bytes_only else value
-    assert refusal(tmp_path) == f"load_experts: EXPERTS.2.down_proj.{suffix}: expected finite numbers, got {got}"
+    shown = name.replace(PREFIX, "EXPERTS")
+    assert refusal(tmp_path) == f"load_experts: {shown}: expected finite numbers, got {value}"
+
+
+def test_scales_of_gpt_oss_are_finite(tmp_path: Path) -> None:
+    tensors = gpt_oss_tensors()
+    tensors[f"{PREFIX}.down_proj_scales"][1, -1, -1] = 0xFF
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert refusal(tmp_path) == "load_experts: EXPERTS.down_proj_scales: expected finite numbers, got nan"
 
 
 def test_experts_are_whole_numbers(tmp_path: Path) -> None:

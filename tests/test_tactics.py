@@ -319,3 +319,15 @@ def test_fit_refuses_lines_that_are_no_times(changes: dict[str, object], tmp_pat
         results.write_record({**line, "tactic": "split64", "us": 1.0, **changes})
     with pytest.raises(tune._run.Refused, match="expected a time of a layer's tactic, got "):
         tune.read_points(tmp_path / "times.jsonl")
+
+
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        (["fit", "/nonexistent"], "tune: fit: file: expected a file of `tune.py measure`, got /nonexistent: "),
+        (["fit", "--header", "/nonexistent"], "tune: fit: --header: expected the table, got /nonexistent: "),
+    ],
+)
+def test_files_that_are_not_there(argv: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(argv) == 2
+    assert capsys.readouterr().err == f"{line}No such file or directory\n"

@@ -133,7 +133,7 @@ class _Stack:
                 if tensor.shape != shape or tensor.dtype != dtype:
                     expected, got = (describe(*facts, tensor.device) for facts in ((dtype, shape), _facts(tensor)))
                     refuse(OP, self.reader.name(expert, projection, kind), expected, got)
-                if kind == "scale" and self.format.dtype == torch.float8_e4m3fn and not _is_finite(tensor):
+                if kind == "scale" and not _is_finite(tensor):
                     values = tensor.float()
                     got = values[~values.isfinite()][0].item()
                     refuse(OP, self.reader.name(expert, projection, kind), "finite numbers", got)
@@ -177,7 +177,8 @@ class _Stack:
 def _is_finite(scale: Tensor) -> bool:
     if scale.dtype == torch.float8_e8m0fnu:  # isfinite() takes its NaN for a number
         return not scale.numel() or bool(scale.view(torch.uint8).max() < 255)
-    return bool(scale.isfinite().all())
+    values = scale.float() if scale.dtype == torch.float8_e4m3fn else scale  # which isfinite() does not take
+    return bool(values.isfinite().all())
 
 
 def _facts(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
