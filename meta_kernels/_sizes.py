@@ -32,7 +32,20 @@ def round_up(value: int, multiple: int) -> int:
 def max_rows(num_slots: int, num_experts: int, alignment: int = 1) -> int:
     """P: the most rows that `num_slots` slots can take when each expert's rows are padded to a multiple of `alignment`.
 
+        P = (S + min(E, S) (A - 1)) / A * A, rounded down;   P = S for A = 1
+
     At most min(E, S) experts have rows, each with at most A - 1 rows of padding, and the sum is a multiple of A.
+
+    Args:
+        num_slots: S, at least 0; T * K.
+        num_experts: E, at least 0; of this rank.
+        alignment: A, at least 1.
+
+    Returns:
+        P. Symbolic sizes give a symbolic one.
+
+    Raises:
+        RuntimeError: ``max_rows: argument: expected ..., got ...``
     """
     _expect_sizes("max_rows", 0, num_slots=num_slots, num_experts=num_experts)
     _expect_sizes("max_rows", 1, alignment=alignment)
@@ -82,6 +95,17 @@ def workspace_bytes(
     in float32: no backend keeps more, and one that fuses stages keeps less. Where weights that can be packed (nvfp4,
     mxfp4, mxfp8) meet quantised activations, their values count as bf16, which packed weights are multiplied by. Not
     counted are the inputs, the output [T, H] and the kernels' scratch memory: a few KiB plus a few bytes a slot.
+
+    Args:
+        num_tokens, hidden_size, intermediate_size, num_experts, top_k: T, H, I, E (of this rank) and K.
+        format, act_format, activation: as `fused_moe` takes them.
+        alignment: of each expert's rows; the ops' own is 1.
+
+    Returns:
+        Bytes. Symbolic sizes give a symbolic number.
+
+    Raises:
+        RuntimeError: ``workspace_bytes: argument: expected ..., got ...``
     """
     from .grouped_gemm import check_formats  # imports this module
 

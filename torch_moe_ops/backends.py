@@ -361,10 +361,23 @@ def explain(
 ) -> Explanation:
     """Which backend runs a problem, and what every candidate says about it: ``print(explain(...))``.
 
-    Facts left out raise no objection. `hidden_size` and `intermediate_size` are fused_moe's; `n`, `k` and `b_parts` are
-    grouped_gemm's; sizes are given in pairs. `device` is the current GPU, or the CPU of a machine without one; `sm` (90
-    for 9.0) asks about another GPU, with the kernels of this build. `packed`: the weights are results of `pack_weight`
-    for `act_format`.
+    Facts left out raise no objection. Nothing is run.
+
+    Args:
+        op: an op of ``torch.ops.moe``.
+        device: of the tensors; if absent the current GPU, or the CPU of a machine without one.
+        sm: asks about another GPU, with the kernels of this build: 90 for compute capability 9.0.
+        format, act_format, activation: as the op takes them.
+        hidden_size, intermediate_size, num_experts, top_k: H, I, E and K of fused_moe; H and I together.
+        n, k, b_parts: sizes of grouped_gemm's b and its parts; n and k together.
+        out_dtype, bias_dtype: of grouped_gemm's result, and of biases.
+        packed: whether the weights are results of `pack_weight` for `act_format`.
+
+    Returns:
+        The candidates in order of preference, each with what it objects to, or None; the first without runs.
+
+    Raises:
+        RuntimeError: ``explain: argument: expected ..., got ...``, or the op's own line for what it would refuse.
     """
     if op not in CANDIDATES:
         raise RuntimeError(f"explain: op: expected one of {', '.join(OPS)}, got {op}")

@@ -25,5 +25,11 @@ _NOT_BUILT = {
 
 
 def build_info() -> dict[str, object]:
-    """The build record. `families` lists the GPU families whose kernels are in the library, e.g. ["sm80", "sm90"]."""
+    """The build record.
+
+    Returns:
+        library: whether there are CUDA kernels, and why_no_library; cuda_arches and families: for which GPUs, for
+        example ["80", "90a"] and ["sm80", "sm90"]; the versions of nvcc, cutlass and torch's headers, the oldest torch,
+        the commit, and the date (UTC). What is not known is None.
+    """
     return json.loads(_RECORD.read_text()) if _RECORD.is_file() else dict(_NOT_BUILT)

@@ -52,6 +52,10 @@ def convert_weight(
     The codes are rounded anew for the new scales. Keeping them and rounding the scales alone, as is sometimes done for
     UE4M3/16 -> UE8M0/32, costs several times the error. fp8_block -> mxfp8 is exact where scales are powers of two.
 
+    Returns:
+        weight, scale and global_scale as `grouped_gemm` takes them (None where the format has none), and the error
+        |x' - x| / |x| of all of it, float64, Frobenius norms.
+
     Raises:
         RuntimeError: ``convert_weight: argument: expected ..., got ...``
     """
@@ -84,6 +88,10 @@ def fold_global_scale(
 
     The block scales of a checkpoint fill e4m3's range; folded ones fall among its denormals, and what that costs
     depends on the magnitude of the weights. The ops take a global scale per part: for them this is never needed.
+
+    Returns:
+        weight, scale and global_scale as `grouped_gemm` takes them (None where the format has none), and the error
+        |x' - x| / |x| of all of it, float64, Frobenius norms.
 
     Raises:
         RuntimeError: ``fold_global_scale: argument: expected ..., got ...``

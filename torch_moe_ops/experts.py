@@ -80,8 +80,11 @@ def to_gate_up(tensor: Tensor, layout: str, *, group: int = 1) -> Tensor:
 def from_gate_up(tensor: Tensor, layout: str, *, group: int = 1) -> Tensor:
     """The inverse of `to_gate_up`: gate over up [E, 2R, ...] in the order of another system.
 
-    Arguments and results are those of `to_gate_up`, which undoes it.
-
+    Args:
+        tensor: [E, 2R, ...] of any dtype, R gate rows before R up rows.
+        layout, group: as `to_gate_up` takes them.
+    Returns:
+        [E, 2R, ...] of the same dtype, rows as `layout` says; a copy, but for gate_up.
     Raises:
         RuntimeError: ``from_gate_up: argument: expected ..., got ...``.
     """

@@ -83,14 +83,19 @@ def pack_weight(values: Tensor, scale: Tensor, format: str, *, act_format: str =
     It works through the experts in chunks.
 
     Args:
+        values, scale: as `grouped_gemm` takes them, N and K multiples of 64.
+        format: nvfp4, mxfp4 or mxfp8.
         act_format: of the activations that will multiply the weights: "bf16", or for mxfp4 also "fp8_block". Each has a
             layout of its own. That for "fp8_block" is read as e4m3 numbers and one exponent a row, so the exponents of
             a row may differ by at most 11 (blocks of zeros aside, whose scales, NaN as well, are not kept). To see
             whether they do, it synchronises with the host once a chunk.
 
+    Returns:
+        uint8 [E, N/64, K/64, bytes], a block for every 64 rows and 64 k; the layout stands in packed_weights.py.
+
     Raises:
-        RuntimeError: N or K is no multiple of 64, another format or act_format, shapes that do not fit together, or
-            scales that e4m3 has no room for.
+        RuntimeError: ``pack_weight: argument: expected ..., got ...``: N or K is no multiple of 64, another format or
+            act_format, shapes that do not fit together, or scales that e4m3 has no room for.
     """
     block_k = _block_k("pack_weight", format)
     if act_format not in BLOCK_BYTES[format]:
@@ -125,12 +130,21 @@ def pack_weight(values: Tensor, scale: Tensor, format: str, *, act_format: str =
 
 
 def unpack_weight(packed: Tensor, format: str) -> tuple[Tensor, Tensor]:
-    """The inverse of `pack_weight`, for any activations: (values [E, N, K/pack], scale [E, N, K / block_k]) in the
-    format's dtypes.
+    """The inverse of `pack_weight`, for any activations.
 
     What a zero or negative nvfp4 scale multiplied comes back as numbers of the same value; mxfp4 and mxfp8 scales from
     2^65 on, which the kernels take for infinity, as NaN. Packed for fp8_block activations, scales from 2^65 on come
     back as they were, and those of blocks of zeros as the largest of their row.
+
+    Args:
+        packed: of `pack_weight`.
+        format: of the weight: nvfp4, mxfp4 or mxfp8.
+
+    Returns:
+        values [E, N, K/pack] and scale [E, N, K / block_k], in the format's dtypes.
+
+    Raises:
+        RuntimeError: ``unpack_weight: argument: expected ..., got ...``
     """
     _block_k("unpack_weight", format)
     expect_packed("unpack_weight", "packed", packed, format)

@@ -52,6 +52,9 @@ def act_mul(
 
     Raises:
         RuntimeError: ``act_mul: argument: expected ..., got ...``; on a CPU for values of expert_offsets, too.
+
+    Sources: Shazeer, arXiv:2002.05202, for gates; Hendrycks and Gimpel, arXiv:1606.08415, for gelu; So et al.,
+    arXiv:2109.08668, for relu2; gpt-oss's model code for alpha, beta and limit; `quantize`'s.
     """
     return torch.ops.moe.act_mul.default(
         gate_up,

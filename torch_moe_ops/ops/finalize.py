@@ -35,6 +35,8 @@ def finalize(
 
     Raises:
         RuntimeError: ``finalize: argument: expected ..., got ...``
+
+    Source: Shazeer et al., arXiv:1701.06538, for the sum.
     """
     return torch.ops.moe.finalize.default(
         expert_out, slot_to_row, topk_weights=topk_weights, routed_scaling_factor=routed_scaling_factor

@@ -107,6 +107,8 @@ def fused_moe(
     Raises:
         RuntimeError: ``fused_moe: argument: expected ..., got ...``; on a CPU ``sort_slots: ...`` for values of
             topk_ids and expert_map.
+
+    Source: Shazeer et al., arXiv:1701.06538; those of the stages.
     """
     return torch.ops.moe.fused_moe.default(
         hidden_states,

@@ -33,6 +33,9 @@ def pack_scale(scale: Tensor, layout: str, *, expert_offsets: Tensor | None = No
         expert_offsets: int32 [E + 1], for atom and [rows, columns] only: the rows of each expert start at an atom of
             their own, expert e at atom row (expert_offsets[e] + 127 e) / 128 of (rows + 127 E) / 128.
 
+    Returns:
+        The table's tensor: words are int32; atoms have scale's dtype.
+
     Raises:
         RuntimeError: ``pack_scale: argument: expected ..., got ...``
 

@@ -42,6 +42,8 @@ def permute(
 
     Raises:
         RuntimeError: ``permute: argument: expected ..., got ...``
+
+    Sources: those of `sort_slots` and `quantize`.
     """
     return torch.ops.moe.permute.default(
         hidden_states,

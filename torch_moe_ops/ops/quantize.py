@@ -29,6 +29,6 @@ def quantize(input: Tensor, format: str, *, global_scale: Tensor | None = None) 
         RuntimeError: ``quantize: argument: expected ..., got ...``
 
     Sources: OCP Microscaling Formats (MX) v1.0 for e8m0 and e2m1 with blocks of 32; NVFP4 for blocks of 16 with e4m3
-    scales; DeepSeek-V3, section 3.3, for fp8_block.
+    scales; DeepSeek-V3, arXiv:2412.19437, section 3.3, for fp8_block.
     """
     return torch.ops.moe.quantize.default(input, format, global_scale=global_scale)

@@ -36,5 +36,7 @@ def sort_slots(
     Raises:
         RuntimeError: ``sort_slots: argument: expected ..., got ...``. An id out of range raises on a CPU; on a GPU,
             where that would take a synchronisation, its slot_to_row is -2 and `finalize` makes the token's output NaN.
+
+    Source: MegaBlocks, arXiv:2211.15841, for rows in the order of experts, none of them dropped.
     """
     return torch.ops.moe.sort_slots.default(topk_ids, num_experts, expert_map=expert_map, alignment=alignment)

@@ -47,6 +47,9 @@ def topk(
 
     Raises:
         RuntimeError: ``topk: argument: expected ..., got ...``
+
+    Sources: Shazeer et al., arXiv:1701.06538, for softmax; DeepSeek-V3, arXiv:2412.19437, section 2.1.2, and its model
+    code for sigmoid, groups and a bias that only selects.
     """
     return torch.ops.moe.topk.default(
         router_logits,

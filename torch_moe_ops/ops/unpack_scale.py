@@ -37,5 +37,7 @@ def unpack_scale(
 
     Raises:
         RuntimeError: ``unpack_scale: argument: expected ..., got ...``
+
+    Sources: those of `pack_scale`.
     """
     return torch.ops.moe.unpack_scale.default(packed, layout, rows, columns, dtype, expert_offsets=expert_offsets)
