@@ -7,10 +7,15 @@
 
 namespace moe::sm90 {
 
-// Four codes -> four e4m3 numbers. Of `codes`: magnitudes in the low three bits of the lower four nibbles. signs: bit 7 of each byte.
-__device__ __forceinline__ uint32_t unpack_e4m3(uint32_t low, uint32_t high, uint32_t codes, uint32_t signs) {
-  return __byte_perm(low, high, codes & 0x7777) | (signs & 0x80808080);
+// Four codes -> four e4m3 numbers. magnitudes: the lower four nibbles, all that a byte permutation looks at, below 8. signs: bit 7 of each byte.
+__device__ __forceinline__ uint32_t unpack_e4m3(uint32_t low, uint32_t high, uint32_t magnitudes, uint32_t signs) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(magnitudes));  // __byte_perm() masks once more
+  return d | (signs & 0x80808080);
 }
+
+// 2^(e - 133) for e from 0 to 255, exactly.
+__device__ __forceinline__ float power_of_two(int e) { return __int_as_float(e > 6 ? (e - 6) << 23 : 1 << (e + 16)); }
 
 template <class C, int kTokens>
 struct PackedFloat8 {
@@ -38,8 +43,9 @@ struct PackedFloat8 {
       for (int row = 0; row < 2; ++row) {
         const uint32_t difference = __byte_perm(differences, 0, 0x4440 + 2 * row + step % 2);
         const uint32_t low = 0x6C686000 - difference * 0x01010100, high = 0x7C787470 - difference * 0x01010101;
-        a[4 * step + row] = unpack_e4m3(low, high, codes[row], codes[row]);
-        a[4 * step + 2 + row] = unpack_e4m3(low, high, codes[row] >> 16, codes[row] << 4);
+        const uint32_t magnitudes = codes[row] & 0x77777777;
+        a[4 * step + row] = unpack_e4m3(low, high, magnitudes, codes[row]);
+        a[4 * step + 2 + row] = unpack_e4m3(low, high, magnitudes >> 16, codes[row] << 4);
       }
     }
 #pragma unroll
@@ -83,7 +89,7 @@ struct PackedFloat8 {
   __device__ float2 row_factors(int stage) const {
     uint16_t exponents;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(exponents) : "r"(block_of(stage) + kExponents + thread / 4 * 2));
-    return {scalbnf(1.f, (exponents & 0xFF) - 133), scalbnf(1.f, (exponents >> 8) - 133)};
+    return {power_of_two(exponents & 0xFF), power_of_two(exponents >> 8)};
   }
 
   __device__ int next_stage(PipelineState<C::kStages>& pipe) const {

@@ -32,7 +32,8 @@ template <class C>
 constexpr int kBlockK = 128 / int(sizeof(typename C::Element));
 
 // Warp 0: a tile's weights; float8: first their scales, to L2, long before the token warps read them. All lanes go through the loop, with what the
-// compiler knows to be uniform: else it moves the operands of each copy to uniform registers in a loop of its own. Copies are few and large: with one
+// compiler knows to be uniform: else it moves the operands of each copy to uniform registers in a loop of its own. Nor has it a loop for whoever may be
+// active where one lane is elected. Copies are few and large: with one
 // for each 64 rows of packed weights this warp was what the others waited for (history, 34). Calls before_stage(0), before_stage(1), ..
 template <class C, class F>
 __device__ __forceinline__ void load_tile(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe, F&& before_stage) {
@@ -61,7 +62,7 @@ __device__ __forceinline__ void load_tile(const KernelParams& p, const Smem<C>& 
       smem.empty[last.stage].wait(last.phase ^ 1);
     }
     smem.empty[pipe.stage].wait(pipe.phase ^ 1);
-    if (lane > 0) continue;
+    if (!cute::elect_one_sync()) continue;
     Barrier& full = smem.full[pipe.stage];
     full.arrive_and_expect_tx(bytes);
     const uint32_t weights = smem.weights + pipe.stage * C::kWeightBytes;
