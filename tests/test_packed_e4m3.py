@@ -49,7 +49,7 @@ def e4m3(x: float) -> float:
 
 
 def read_thread(block: list[int], thread: int) -> dict[tuple[int, int], float]:
-    """(row, k) -> weight, of what one thread multiplies of a block of 2240 bytes."""
+    """(row, k) -> weight, of what one thread multiplies of a block of 2176 bytes."""
     numbers = {}
     g, c = thread % 32 // 4, thread % 4
     for half in range(2):
@@ -57,8 +57,8 @@ def read_thread(block: list[int], thread: int) -> dict[tuple[int, int], float]:
             at = 4 * (2 * (128 * half + thread) + second)
             word = int.from_bytes(bytes(block[at : at + 4]), "little")
             row = 16 * (thread // 32) + g + 8 * second
-            difference = block[2048 + 4 * (thread // 4) + 2 * second + half] / 8
-            largest = block[2048 + 128 + 2 * (thread // 4) + second]
+            scales = block[2048 + 4 * (thread // 4) + 2 * second :][:2]
+            difference, largest = scales[half] % 16, scales[0] // 16 + scales[1] // 16 * 16
             for i in range(8):
                 sign = word >> (8 * i + 7 if i < 4 else 8 * (i - 4) + 3) & 1
                 number = (-1) ** sign * MAGNITUDES[word >> 4 * i & 7]
@@ -71,9 +71,10 @@ def read_blocks(packed: Tensor) -> Tensor:
     """float64 [E, N, K]: all threads of all blocks, by the same rules in torch."""
     experts, row_blocks, k_blocks, _ = packed.shape
     magnitudes = torch.tensor(MAGNITUDES, dtype=torch.float64)
-    words = packed[..., :2048].contiguous().view(torch.int32).long().view(experts, row_blocks, k_blocks, 2, 128, 2)
-    differences = packed[..., 2048:2176].view(experts, row_blocks, k_blocks, 32, 2, 2).double() / 8
-    largest = packed[..., 2176:].view(experts, row_blocks, k_blocks, 32, 2).double()
+    words = packed[..., :512].long().view(experts, row_blocks, k_blocks, 2, 128, 2)
+    scales = packed[..., 512:].contiguous().view(torch.uint8).view(experts, row_blocks, k_blocks, 32, 2, 2)
+    differences = (scales % 16).double()
+    largest = (scales[..., 0] // 16 + scales[..., 1] // 16 * 16).double()
     out = torch.full((experts, 64 * row_blocks, 64 * k_blocks), torch.nan, dtype=torch.float64)
     for thread in range(128):
         for half, second, i in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(8)).tolist():
@@ -89,7 +90,7 @@ def read_blocks(packed: Tensor) -> Tensor:
 
 def test_the_words_of_a_thread() -> None:
     values, scale = random_weight(1, 64, 64)
-    block = pack(values, scale)[0, 0, 0].tolist()
+    block = pack(values, scale)[0, 0, 0].view(torch.uint8).tolist()
     expected = dequantize(values, scale)[0]
     read = {}
     for thread in range(128):
@@ -104,7 +105,7 @@ def test_the_words_of_a_thread() -> None:
 def test_round_trip(experts: int, n: int, k: int, seed: int) -> None:
     values, scale = random_weight(experts, 64 * n, 64 * k, seed)
     packed = pack(values, scale)
-    assert packed.shape == (experts, n, k, 2240) and packed.dtype == torch.uint8
+    assert packed.shape == (experts, n, k, 544) and packed.dtype == torch.int32
     assert torch.equal(read_blocks(packed), dequantize(values, scale))
     got_values, got_scale = moe.unpack_weight(packed, "mxfp4")
     assert got_values.dtype == MXFP4.dtype and got_scale.dtype == MXFP4.scale_dtype
@@ -168,7 +169,7 @@ def test_refusals() -> None:
         refusal(moe.pack_weight, values, nvfp4_scale, "nvfp4", act_format="fp8_block"),
         refusal(pack, values, scale, act_format="mxfp8"),
         refusal(pack, values, scale, act_format="fp8"),
-        refusal(moe.unpack_weight, packed[..., :2048], "mxfp4"),
+        refusal(moe.unpack_weight, packed[..., :512], "mxfp4"),
         refusal(gemm, quantised, for_bf16, offsets, a_scale=a_scale, format="mxfp4", act_format="fp8_block"),
         refusal(gemm, x, packed, offsets, format="mxfp4", act_format="bf16"),
         refusal(mixed, moe.fused_moe),
@@ -180,11 +181,11 @@ def test_refusals() -> None:
 pack_weight: act_format: expected bf16 for nvfp4 weights, got fp8_block
 pack_weight: act_format: expected bf16 or fp8_block for mxfp4 weights, got mxfp8
 pack_weight: act_format: expected bf16 or fp8_block for mxfp4 weights, got fp8
-unpack_weight: packed: expected contiguous uint8 [E, N/64, K/64, 2176 or 2240] of pack_weight, got uint8 [2, 2, 1, 2048] on cpu
-grouped_gemm: b: expected contiguous uint8 [E, N/64, K/64, 2240] of pack_weight(..., act_format="fp8_block"), got uint8 [2, 2, 1, 2176] on cpu
-grouped_gemm: b: expected contiguous uint8 [E, N/64, K/64, 2176] of pack_weight(..., act_format="bf16"), got uint8 [2, 2, 1, 2240] on cpu
-fused_moe: w2: expected contiguous uint8 [E, N/64, K/64, 2240] of pack_weight(..., act_format="fp8_block"), got uint8 [5, 1, 1, 2176] on cpu
-Experts: w13: expected contiguous uint8 [E, N/64, K/64, 2176] of pack_weight(..., act_format="bf16"), got uint8 [5, 2, 1, 2240] on cpu""",  # noqa: E501
+unpack_weight: packed: expected contiguous uint8 [E, N/64, K/64, 2176] or int32 [E, N/64, K/64, 544] of pack_weight, got int32 [2, 2, 1, 512] on cpu
+grouped_gemm: b: expected contiguous int32 [E, N/64, K/64, 544] of pack_weight(..., act_format="fp8_block"), got uint8 [2, 2, 1, 2176] on cpu
+grouped_gemm: b: expected contiguous uint8 [E, N/64, K/64, 2176] of pack_weight(..., act_format="bf16"), got int32 [2, 2, 1, 544] on cpu
+fused_moe: w2: expected contiguous int32 [E, N/64, K/64, 544] of pack_weight(..., act_format="fp8_block"), got uint8 [5, 1, 1, 2176] on cpu
+Experts: w13: expected contiguous uint8 [E, N/64, K/64, 2176] of pack_weight(..., act_format="bf16"), got int32 [5, 2, 1, 544] on cpu""",  # noqa: E501
     )
 
 
@@ -209,7 +210,7 @@ def test_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = _layer.make_experts(_layer.TINY, "mxfp4", "fp8_block", "cpu")
     monkeypatch.setattr(_layer, "needs_packing", lambda experts: True)
     packed = _layer.make_experts(_layer.TINY, "mxfp4", "fp8_block", "cpu")
-    assert packed.w13.shape == (4, 6, 4, 2240) and packed.w13_scale is packed.w2_scale is None
+    assert packed.w13.shape == (4, 6, 4, 544) and packed.w13_scale is packed.w2_scale is None
     assert repr(packed) == repr(experts) and torch.equal(packed.packed().w2, packed.w2)
     inputs = _layer.make_inputs(_layer.TINY, 9, torch.Generator().manual_seed(2))
     output = packed(*inputs)

@@ -22,7 +22,7 @@ from .activations import get_activation
 from .formats import FORMATS, get_format
 from .meta_kernels._check import FLOATS, expect_choice, expect_range, refuse
 from .meta_kernels.grouped_gemm import check_formats
-from .packed_weights import BLOCK, BLOCK_BYTES, PACKABLE, ROUNDED_ACTS
+from .packed_weights import BLOCK, PACKABLE, PACKED_DTYPES, ROUNDED_ACTS
 
 STAGE = ("cuda", "triton", "reference")
 CANDIDATES: dict[str, tuple[str, ...]] = {
@@ -45,7 +45,7 @@ GEMM_OPS = ("grouped_gemm", "fused_moe")
 GEMM_FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     "cutlass_sm80": {format: (format,) for format in ("bf16", "fp16", "int8")},
     "cutlass_sm90": {format: (format,) for format in ("bf16", "fp16", "fp8_block")}
-    | {format: tuple(layouts) for format, layouts in BLOCK_BYTES.items()},
+    | {format: tuple(layouts) for format, layouts in PACKED_DTYPES.items()},
     "cutlass_sm100": {format: (format,) for format in ("bf16", "fp8_block", "mxfp8", "mxfp4", "nvfp4")}
     | {"mxfp4": ("mxfp4", "mxfp8")},
     "cutlass_sm120": {format: (format,) for format in ("fp8_block", "mxfp8", "mxfp4", "nvfp4")}
@@ -241,7 +241,7 @@ def _refuses_formats(op: str, backend: str, format: str, act_format: str, packed
         return f"multiplies {format} weights by {' or '.join(acts)} activations, got {act_format}"
     needs_packed = backend == "cutlass_sm90" and format in PACKABLE
     if packed != needs_packed:
-        has_layout = act_format != "bf16" and act_format in BLOCK_BYTES.get(format, {})
+        has_layout = act_format != "bf16" and act_format in PACKED_DTYPES.get(format, {})
         option = f'(..., act_format="{act_format}")' if has_layout else ""
         needed = f"packed by pack_weight{option}" if needs_packed else "as they are stored, got packed ones"
         return f"needs weights {needed}"

@@ -21,7 +21,7 @@ from .meta_kernels._check import INT32, expect_choice, expect_range, expect_size
 from .meta_kernels.act_mul import check_activation
 from .meta_kernels.grouped_gemm import check_formats, check_weight
 from .meta_kernels.quantize import check_global_scale
-from .packed_weights import BLOCK_BYTES, PACKABLE, is_packed, pack_weight, weight_sizes
+from .packed_weights import PACKABLE, PACKED_DTYPES, is_packed, pack_weight, weight_sizes
 from .reference._values import expect_ids
 
 TENSORS = (
@@ -217,7 +217,7 @@ class Experts(nn.Module):
 
         Packed for activations of `act_format` if there is a layout for them, else for bf16 ones.
         """
-        act_format = self.act_format if self.act_format in BLOCK_BYTES.get(self.format, ()) else "bf16"
+        act_format = self.act_format if self.act_format in PACKED_DTYPES.get(self.format, ()) else "bf16"
         tensors = {name: getattr(self, name) for name in TENSORS}
         for name in ("w13", "w2"):
             if not is_packed(tensors[name]):

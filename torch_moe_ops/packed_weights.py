@@ -1,13 +1,13 @@
 """Weights with scales of a few values, in the order in which the SM90 kernels read them: 64 x 64 blocks, values and
 scales side by side.
 
-    packed uint8 [E, N/64, K/64, bytes]    for bf16 activations: 2048 of values + 256 (nvfp4) or 128 (mxfp4) of scales,
-                                           or 4096 + 128 (mxfp8)
-                                           for fp8_block activations: 2048 + 128 + 64 (mxfp4)
+    packed [E, N/64, K/64, block]    for bf16 activations: uint8, 2048 bytes of values + 256 (nvfp4) or 128 (mxfp4) of
+                                     scales, or 4096 + 128 (mxfp8)
+                                     for fp8_block activations: int32, 512 + 32 words (mxfp4)
 
-The numbers stay what they are, and so does the memory they take (the last 64 bytes are the exception); `unpack_weight`
-gives them back. A block is what one warpgroup multiplies by the tokens, as an operand in registers (PTX ISA, wgmma,
-matrix A in registers): thread t of 128 holds rows r = 16 (t/32) + t%32/4 and r + 8.
+The numbers stay what they are, and so does the memory they take; `unpack_weight` gives them back. A block is what one
+warpgroup multiplies by the tokens, as an operand in registers (PTX ISA, wgmma, matrix A in registers): thread t of 128
+holds rows r = 16 (t/32) + t%32/4 and r + 8.
 
 For bf16 activations a thread has of each 16 k those at 2c, 2c + 1, 2c + 8, 2c + 9 with c = t%4. Register j of four is
 two values of row r + 8 (j%2), from k + 8 (j/2) on, one in each half.
@@ -34,8 +34,9 @@ Values: [2 halves of 32 k][128 threads][2 rows] words of eight codes V, in the o
 bits 4i to 4i + 2, the sign of V[j] at bit 8j + 7 and that of V[4 + j] at 8j + 3, for j = 0 .. 3: the low half of the
 word, and the high one, have the selectors of a byte permutation that looks four magnitudes up.
 
-Scales: [32 row pairs][2 rows][2 halves of 32 k] bytes 8d, and then [32 row pairs][2 rows], the row's largest exponent
-as its e8m0 byte: of all its blocks of 32 in K that have a nonzero value, 127 if none has. The other blocks have d = 0.
+Scales: [32 row pairs][2 rows][2 halves of 32 k] bytes, d in the lower four bits. Above it the first half has the lower
+four bits, and the second the upper ones, of the row's largest exponent as its e8m0 byte: of all its blocks of 32 in K
+that have a nonzero value, 127 if none has. The other blocks have d = 0.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ BLOCK = 64  # rows, and k
 PACKABLE = ("nvfp4", "mxfp4", "mxfp8")
 VALUE_BYTES = {format: BLOCK * BLOCK // FORMATS[format].pack for format in PACKABLE}
 SCALE_BYTES = {format: BLOCK * BLOCK // FORMATS[format].weight_block[1] for format in PACKABLE}
-EXPONENT_BYTES = BLOCK
-# format -> the activations that there is a layout for -> the bytes of a block, which tell the layout.
-BLOCK_BYTES = {format: {"bf16": VALUE_BYTES[format] + SCALE_BYTES[format]} for format in PACKABLE}
-BLOCK_BYTES["mxfp4"]["fp8_block"] = BLOCK_BYTES["mxfp4"]["bf16"] + EXPONENT_BYTES
+BLOCK_BYTES = {format: VALUE_BYTES[format] + SCALE_BYTES[format] for format in PACKABLE}
+# format -> the activations that there is a layout for -> its dtype, which tells it.
+PACKED_DTYPES = {format: {"bf16": torch.uint8} for format in PACKABLE}
+PACKED_DTYPES["mxfp4"]["fp8_block"] = torch.int32
 # What fused_moe also quantises activations to in front of weights packed for bf16 ones. bf16 holds the numbers exactly,
 # but for fp8_block's, which are rounded to it once more.
 ROUNDED_ACTS = {
@@ -77,7 +78,7 @@ E8M0_NAN = 0xFF
 
 
 def pack_weight(values: Tensor, scale: Tensor, format: str, *, act_format: str = "bf16") -> Tensor:
-    """values [E, N, K/pack] and scale [E, N, K / block_k] of nvfp4, mxfp4 or mxfp8 -> packed [E, N/64, K/64, bytes].
+    """values [E, N, K/pack] and scale [E, N, K / block_k] of nvfp4, mxfp4 or mxfp8 -> packed [E, N/64, K/64, block].
 
     A functional step for when weights are loaded: the result replaces both tensors (global scales stay as they are).
     It works through the experts in chunks.
@@ -91,15 +92,16 @@ def pack_weight(values: Tensor, scale: Tensor, format: str, *, act_format: str =
             whether they do, it synchronises with the host once a chunk.
 
     Returns:
-        uint8 [E, N/64, K/64, bytes], a block for every 64 rows and 64 k; the layout stands in packed_weights.py.
+        [E, N/64, K/64, block], a block for every 64 rows and 64 k: uint8, for fp8_block activations int32. The layouts
+        stand in packed_weights.py.
 
     Raises:
         RuntimeError: ``pack_weight: argument: expected ..., got ...``: N or K is no multiple of 64, another format or
             act_format, shapes that do not fit together, or scales that e4m3 has no room for.
     """
     block_k = _block_k("pack_weight", format)
-    if act_format not in BLOCK_BYTES[format]:
-        refuse("pack_weight", "act_format", f"{' or '.join(BLOCK_BYTES[format])} for {format} weights", act_format)
+    if act_format not in PACKED_DTYPES[format]:
+        refuse("pack_weight", "act_format", f"{' or '.join(PACKED_DTYPES[format])} for {format} weights", act_format)
     fmt = FORMATS[format]
     if values.dim() != 3 or values.dtype not in (*storage_dtypes(fmt.dtype), torch.uint8):
         columns = "K/2" if fmt.pack == 2 else "K"
@@ -116,7 +118,7 @@ def pack_weight(values: Tensor, scale: Tensor, format: str, *, act_format: str =
     if scale.shape != shape or scale.dtype not in dtypes or scale.device != values.device:
         refuse("pack_weight", "scale", expected, describe(scale.dtype, scale.shape, scale.device))
     values, scale = values.view(torch.uint8), scale.view(torch.uint8)
-    packed = values.new_empty((num_experts, n // BLOCK, k // BLOCK, BLOCK_BYTES[format][act_format]))
+    packed = values.new_empty((num_experts, n // BLOCK, k // BLOCK, BLOCK_BYTES[format]))
     step = max(1, CHUNK_ELEMENTS // max(1, n * k))
     for chunk in (slice(first, first + step) for first in range(0, num_experts, step)):
         codes = values[chunk]
@@ -126,7 +128,7 @@ def pack_weight(values: Tensor, scale: Tensor, format: str, *, act_format: str =
             packed[chunk] = _blocks_e4m3(codes, scale[chunk], chunk.start)
         else:
             packed[chunk] = _blocks_bf16(codes, scale[chunk], format)
-    return packed
+    return packed.view(PACKED_DTYPES[format][act_format])
 
 
 def unpack_weight(packed: Tensor, format: str) -> tuple[Tensor, Tensor]:
@@ -148,12 +150,13 @@ def unpack_weight(packed: Tensor, format: str) -> tuple[Tensor, Tensor]:
     """
     _block_k("unpack_weight", format)
     expect_packed("unpack_weight", "packed", packed, format)
-    fmt, value_bytes = FORMATS[format], VALUE_BYTES[format]
-    values, scales, exponents = packed.tensor_split((value_bytes, value_bytes + SCALE_BYTES[format]), dim=-1)
+    fmt = FORMATS[format]
+    values, scales = packed.view(torch.uint8).tensor_split((VALUE_BYTES[format],), dim=-1)
     scale = _rows_of_scales(scales)
-    if exponents.shape[-1]:
+    if packed.dtype == torch.int32:
         codes = _codes_e4m3(values.contiguous().view(torch.int32))
-        scale = _rows_of_exponents(exponents).repeat_interleave(2, dim=-1) - scale // 8
+        largest = scale[..., 0::2] >> 4 | scale[..., 1::2] & 0xF0
+        scale = largest.repeat_interleave(2, dim=-1) - (scale & 0xF)
     else:
         codes = _codes(values.contiguous().view(torch.int32)) if fmt.pack == 2 else _codes_of_bytes(values)
         scale = _scales_stored(format).to(packed.device)[scale.int()]
@@ -190,13 +193,17 @@ def as_stored(weight: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor
 
 def expect_packed(op: str, argument: str, packed: Tensor, format: str, act_format: str | None = None) -> None:
     """None: for any activations. Those that no layout is made for go with that for bf16."""
-    sizes, call = BLOCK_BYTES[format], "pack_weight"
-    if act_format is not None and len(sizes) > 1:
-        act_format = act_format if act_format in sizes else "bf16"
-        sizes, call = {act_format: sizes[act_format]}, f'{call}(..., act_format="{act_format}")'
-    is_uint8 = packed.dim() == 4 and packed.dtype == torch.uint8 and packed.is_contiguous()
-    if not is_uint8 or packed.shape[-1] not in sizes.values():
-        expected = f"contiguous uint8 [E, N/{BLOCK}, K/{BLOCK}, {' or '.join(map(str, sizes.values()))}] of {call}"
+    dtypes, call = PACKED_DTYPES[format], "pack_weight"
+    if act_format is not None and len(dtypes) > 1:
+        act_format = act_format if act_format in dtypes else "bf16"
+        dtypes, call = {act_format: dtypes[act_format]}, f'{call}(..., act_format="{act_format}")'
+    is_block = packed.shape[-1] * packed.dtype.itemsize == BLOCK_BYTES[format] if packed.dim() == 4 else False
+    if not (is_block and packed.dtype in dtypes.values() and packed.is_contiguous()):
+        blocks = [
+            f"{dtype} [E, N/{BLOCK}, K/{BLOCK}, {BLOCK_BYTES[format] // dtype.itemsize}]".removeprefix("torch.")
+            for dtype in dtypes.values()
+        ]
+        expected = f"contiguous {' or '.join(blocks)} of {call}"
         refuse(op, argument, expected, describe(packed.dtype, packed.shape, packed.device))
 
 
@@ -224,8 +231,8 @@ def _blocks_e4m3(codes: Tensor, scale: Tensor, first_expert: int) -> Tensor:
     k_blocks = codes.shape[2] // BLOCK
     largest, difference = _exponents(codes, scale, first_expert)
     values = _words_e4m3(codes).view(torch.uint8).flatten(3)
-    exponents = _exponent_blocks(largest).expand(-1, -1, k_blocks, -1)
-    return torch.cat((values, _scale_blocks(8 * difference, k_blocks), exponents), dim=-1)
+    upper = torch.stack((largest << 4, largest & 0xF0), dim=-1).repeat(1, 1, k_blocks)  # of both halves
+    return torch.cat((values, _scale_blocks(difference | upper, k_blocks)), dim=-1)
 
 
 def _exponents(codes: Tensor, scale: Tensor, first_expert: int) -> tuple[Tensor, Tensor]:
@@ -342,17 +349,6 @@ def _rows_of_scales(blocks: Tensor) -> Tensor:
     num_experts, row_blocks, k_blocks, size = blocks.shape
     blocks = blocks.reshape(num_experts, row_blocks, k_blocks, 4, 8, size // 128, 2, 2)
     return blocks.permute(0, 1, 3, 6, 4, 2, 5, 7).reshape(num_experts, row_blocks * BLOCK, -1)
-
-
-def _exponent_blocks(largest: Tensor) -> Tensor:
-    """uint8 [E, N] -> [E, N/64, 1, bytes]."""
-    num_experts, n = largest.shape
-    return largest.view(num_experts, n // BLOCK, 1, 4, 2, 8).transpose(-1, -2).flatten(3)
-
-
-def _rows_of_exponents(blocks: Tensor) -> Tensor:
-    """uint8 [E, N/64, K/64, bytes], alike for all K -> [E, N, K/64]."""
-    return blocks.unflatten(3, (4, 8, 2)).permute(0, 1, 3, 5, 4, 2).flatten(1, 4)
 
 
 def _stored_scales(format: str) -> Tensor:

@@ -26,9 +26,7 @@ constexpr int kPackedBlock = 64;  // rows, and k
 constexpr bool is_4bit(Packing packing) { return packing != Packing::none && packing != Packing::mxfp8; }
 constexpr int packed_value_bytes(Packing packing) { return 64 * 64 / (packing == Packing::mxfp8 ? 1 : 2); }
 constexpr int packed_scale_bytes(Packing packing) { return 64 * 64 / (packing == Packing::nvfp4 ? 16 : 32); }
-constexpr int packed_block_bytes(Packing packing) {  // mxfp4_e4m3: and an exponent for each row
-  return packed_value_bytes(packing) + packed_scale_bytes(packing) + (packing == Packing::mxfp4_e4m3 ? 64 : 0);
-}
+constexpr int packed_block_bytes(Packing packing) { return packed_value_bytes(packing) + packed_scale_bytes(packing); }
 
 // What an expert of `size` rows uses of them.
 __host__ __device__ constexpr int32_t rows_in_use(int32_t expert_rows, int32_t size) {

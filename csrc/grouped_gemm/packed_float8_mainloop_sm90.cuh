@@ -21,7 +21,7 @@ template <class C, int kTokens>
 struct PackedFloat8 {
   static_assert(C::kWaves == 1);
   static constexpr int kWave = kTokens / 2, kQuads = kTokens < 16 ? 1 : kTokens / 16;
-  static constexpr int kScales = packed_value_bytes(C::kPacking), kExponents = kScales + packed_scale_bytes(C::kPacking);  // in a block
+  static constexpr int kScales = packed_value_bytes(C::kPacking);  // in a block: of two rows and halves of 32 k, half a byte of difference, half of exponent
   static constexpr int kSteps = 4;  // of 32 k in a stage
   using Sum = float[kWave];
   using Operand = uint32_t[4 * kSteps];
@@ -39,10 +39,11 @@ struct PackedFloat8 {
       uint32_t codes[2], differences;
       asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(codes[0]), "=r"(codes[1]) : "r"(block + (step % 2 * 128 + thread) * 8));
       asm volatile("ld.shared.u32 %0, [%1];" : "=r"(differences) : "r"(block + kScales + thread / 4 * 4));
+      differences &= 0x0F0F0F0F;
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const uint32_t difference = __byte_perm(differences, 0, 0x4440 + 2 * row + step % 2);
-        const uint32_t low = 0x6C686000 - difference * 0x01010100, high = 0x7C787470 - difference * 0x01010101;
+        const uint32_t low = 0x6C686000 - difference * 0x08080800, high = 0x7C787470 - difference * 0x08080808;
         const uint32_t magnitudes = codes[row] & 0x77777777;
         a[4 * step + row] = unpack_e4m3(low, high, magnitudes, codes[row]);
         a[4 * step + 2 + row] = unpack_e4m3(low, high, magnitudes >> 16, codes[row] << 4);
@@ -87,9 +88,10 @@ struct PackedFloat8 {
 
   // 2^(largest exponent - 127 - 6) of this thread's two rows.
   __device__ float2 row_factors(int stage) const {
-    uint16_t exponents;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(exponents) : "r"(block_of(stage) + kExponents + thread / 4 * 2));
-    return {power_of_two(exponents & 0xFF), power_of_two(exponents >> 8)};
+    uint32_t scales;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scales) : "r"(block_of(stage) + kScales + thread / 4 * 4));
+    const uint32_t exponents = (scales >> 4 & 0x000F000F) | (scales >> 8 & 0x00F000F0);
+    return {power_of_two(exponents & 0xFF), power_of_two(exponents >> 16)};
   }
 
   __device__ int next_stage(PipelineState<C::kStages>& pipe) const {

@@ -34,7 +34,7 @@ inline Packing packing_of(const Tensor& b, Format format) {
   if (b.dim() != 4) return Packing::none;
   switch (format) {
     case Format::nvfp4: return Packing::nvfp4;
-    case Format::mxfp4: return b.size(3) == packed_block_bytes(Packing::mxfp4_e4m3) ? Packing::mxfp4_e4m3 : Packing::mxfp4;
+    case Format::mxfp4: return has_dtype(b, ScalarType::Int) ? Packing::mxfp4_e4m3 : Packing::mxfp4;
     case Format::mxfp8: return Packing::mxfp8;
     default: return Packing::none;
   }
@@ -66,13 +66,14 @@ inline GroupedGemmArgs weight_args(const char* op, const std::string& name, cons
   GroupedGemmArgs args;
   args.packing = packing_of(b, format);
   const bool packed = args.packing != Packing::none;
-  const ScalarType dtype = packed ? ScalarType::Byte : value_dtype(format);
-  if (packed) expect_tensor(op, name.c_str(), b, {dtype}, {"E", "N/64", "K/64", packed_block_bytes(args.packing)}, like);
+  const bool words = args.packing == Packing::mxfp4_e4m3;
+  const ScalarType dtype = words ? ScalarType::Int : packed ? ScalarType::Byte : value_dtype(format);
+  if (packed) expect_tensor(op, name.c_str(), b, {dtype}, {"E", "N/64", "K/64", packed_block_bytes(args.packing) / (words ? 4 : 1)}, like);
   else expect_tensor(op, name.c_str(), b, {dtype}, {"E", "N", "K"}, like);
   const int64_t num_experts = b.size(0), n = b.size(1) * (packed ? kPackedBlock : 1), k = b.size(2) * (packed ? kPackedBlock : 1);
   expect_parts(op, name.c_str(), parts, n);
   args.b = b.data_ptr();
-  args.ab_dtype = args.packing == Packing::mxfp4_e4m3 ? DType::float8_e4m3 : packed ? DType::bfloat16 : element_dtype(dtype);
+  args.ab_dtype = words ? DType::float8_e4m3 : packed ? DType::bfloat16 : element_dtype(dtype);
   args.num_experts = static_cast<int32_t>(num_experts);
   args.n = static_cast<int32_t>(n);
   args.k = static_cast<int32_t>(k);

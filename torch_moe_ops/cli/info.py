@@ -18,7 +18,7 @@ import torch
 from ..backends import CANDIDATES, Problem, explain_problem
 from ..build_info import build_info
 from ..formats import FORMATS
-from ..packed_weights import BLOCK_BYTES, ROUNDED_ACTS
+from ..packed_weights import PACKED_DTYPES, ROUNDED_ACTS
 
 TABLE_OP = "grouped_gemm"  # where a problem spends its time; the other ops have a CUDA kernel for every GPU
 TABLE_GPUS = {
@@ -78,7 +78,7 @@ def cell(format: str, sms: tuple[int, ...]) -> str:
 
     rounded = taking(ROUNDED_ACTS.get(format, ()), "fused_moe")
     names = []
-    for name, act_formats in taking(BLOCK_BYTES.get(format, ()), TABLE_OP).items():
+    for name, act_formats in taking(PACKED_DTYPES.get(format, ()), TABLE_OP).items():
         in_fused_moe = f"; in fused_moe {', '.join(rounded[name])}" if name in rounded else ""
         names.append(f"{name} ({', '.join(act_formats)} activations{in_fused_moe})")
     return ", ".join(names + backends_taking(format, sms)) or "-"
