@@ -23,6 +23,7 @@ import torch_moe_ops as moe
 from torch_moe_ops import _library, backends
 from torch_moe_ops.backends import CANDIDATES, GEMM_FORMATS, GEMM_OPS, Gemm, Problem, explain_problem, select
 from torch_moe_ops.formats import FORMATS
+from torch_moe_ops.meta_kernels import topk
 from torch_moe_ops.meta_kernels.grouped_gemm import check_formats
 
 EVERYTHING = frozenset({"reference", "triton", "cuda", *GEMM_FORMATS})
@@ -499,7 +500,7 @@ def test_other_devices_have_the_reference_by_name() -> None:
 
 
 def test_backends_called_by_name_check_inside_a_custom_op() -> None:
-    """Its body runs below autograd, where the check of a call by name is."""
+    """Its body runs below autograd."""
 
     @library.custom_op("moe_test::topk_by_name", mutates_args=())
     def topk_by_name(logits: torch.Tensor) -> torch.Tensor:
@@ -509,6 +510,25 @@ def test_backends_called_by_name_check_inside_a_custom_op() -> None:
     assert torch.equal(topk_by_name(logits), torch.ops.moe.topk(logits, 2)[0])
     with pytest.raises(RuntimeError, match="^topk: router_logits: expected "):
         topk_by_name(logits.double())
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch._C._AutoDispatchBelowAutograd])
+def test_backends_called_by_name_check_in_front_of_their_kernel(monkeypatch: pytest.MonkeyPatch, mode: type) -> None:
+    """Here of one that checks nothing. The op itself, which remembers what it checked, calls the kernel alone."""
+    checked, called, expect_choice = [], [], topk.expect_choice
+    monkeypatch.setattr(topk, "expect_choice", lambda *args: checked.append(args) or expect_choice(*args))
+    logits = torch.randn(3, 1021)
+    with library._scoped_library("moe", "IMPL") as kernels, mode():
+        kernels.impl("topk.reference", lambda *args: called.append(args) or (torch.empty(0), torch.empty(0)), "CPU")
+        with pytest.raises(RuntimeError, match="^topk: router_logits: expected "):
+            torch.ops.moe.topk.reference(logits.double(), 2)
+        assert not called
+        torch.ops.moe.topk.reference(logits, 2)
+        assert len(checked) == len(called) == 1
+        torch.ops.moe.topk(logits, 2)
+        checked.clear()
+        torch.ops.moe.topk(logits, 2)
+        assert not checked and len(called) == 3
 
 
 def test_explain_wants_both_sizes_or_none() -> None:

@@ -1,4 +1,4 @@
-"""Every refusal is one line, `op: argument: expected ..., got ...`, and the fake says what the op says."""
+"""Every refusal is one line, `op: argument: expected ..., got ...`: the op's, its backends' by name and the fakes'."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import torch_moe_ops as moe
 from torch_moe_ops.backends import CANDIDATES, OPS
 
+DEVICE = "cpu"  # of what is refused: tests/gpu/test_refusals.py has it all on a GPU, too
 ROUTING = moe.sort_slots(torch.tensor([[0, 1], [1, -1], [2, 0]]).int(), 3)
 
 
@@ -42,25 +43,41 @@ def message(op: torch._ops.OpOverload, call: Call) -> str:
     return str(caught.value)
 
 
+def on_device(call: Call) -> Call:
+    """The same call with tensors that are made now, of the same strides."""
+
+    def made(value: object) -> object:
+        if not isinstance(value, torch.Tensor):
+            return value
+        size = value.untyped_storage().nbytes() // value.element_size()
+        copy = value.as_strided((size,), (1,), 0).to(DEVICE, copy=True)
+        return copy.as_strided(value.shape, value.stride(), value.storage_offset())
+
+    return Call(*map(made, call.args), **{name: made(value) for name, value in call.options.items()})
+
+
 def refusals(op: str, *changes: tuple[tuple[object, ...], dict[str, object]]) -> str:
-    """The messages for each change of a valid call: equal from the op, from its backends by name and from the fake."""
+    """The messages for each change of a valid call: equal from the op, from its backends by name and from the fake, in
+    inference mode and for tensors made there, too."""
     overloads = getattr(torch.ops.moe, op)
-    valid(op)(overloads.default)
+    on_device(valid(op))(overloads.default)
     lines = []
     for args, options in changes:
-        call = valid(op).but(*args, **options)
+        changed = valid(op).but(*args, **options)
+        call = on_device(changed)
         lines.append(message(overloads.default, call))
-        assert message(overloads.reference, call) == lines[-1]
         with torch.inference_mode():
-            assert message(overloads.reference, call) == lines[-1]
-            born = Call(*(a.clone() if isinstance(a, torch.Tensor) else a for a in call.args), **call.options)
-            assert message(overloads.reference, born) == lines[-1]
+            born = on_device(changed)
         for name in ("default", *CANDIDATES[op]):
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in call.args]
-                assert message(getattr(overloads, name), Call(*fakes, **call.options)) == lines[-1]
+            overload = getattr(overloads, name)
+            for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+                with mode():
+                    assert message(overload, call) == message(overload, born) == lines[-1]
+            with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+                fake_args = [fakes.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in call.args]
+                assert message(overload, Call(*fake_args, **call.options)) == lines[-1]
     assert all("\n" not in line and line.startswith(f"{op}: ") for line in lines)
-    return "\n".join(lines)
+    return "\n".join(lines).replace("on cuda:0", "on cpu")
 
 
 def test_topk() -> None:
@@ -357,13 +374,12 @@ def test_unpack_scale_of_words_that_tma_cannot_read() -> None:
     for stride in (258, 4):
         call = valid("unpack_scale").but(torch.zeros(1000).int().as_strided((256, 2), (1, stride)))
         expected = f"strides [1, a multiple of 4 from 256 on] (16 bytes, for TMA), got [1, {stride}]"
-        for overload in (torch.ops.moe.unpack_scale.default, torch.ops.moe.unpack_scale.reference):
-            assert message(overload, call) == f"unpack_scale: packed: expected {expected}"
+        assert refusals("unpack_scale", (call.args, {})) == f"unpack_scale: packed: expected {expected}"
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_grad_is_refused(op: str) -> None:
-    """By the op, by a backend called by name, and when compiling; not without grad mode."""
+    """By the op, by its backends called by name, and when compiling; not without grad mode."""
     if op in ("sort_slots", "pack_scale", "unpack_scale"):
         pytest.skip("takes integers and bytes only")
     call = valid(op)
@@ -375,20 +391,24 @@ def test_grad_is_refused(op: str) -> None:
         call.args[position].requires_grad_()
         name = names[position]
     expected = f"{op}: {name}: expected no grad, got requires_grad=True (inference only; use torch.no_grad())"
-    for overload in ("default", "reference"):
-        assert message(getattr(getattr(torch.ops.moe, op), overload), call) == expected
+    for name in ("default", *CANDIDATES[op]):
+        overload = getattr(getattr(torch.ops.moe, op), name)
+        assert message(overload, call) == expected
+        with pytest.raises(Exception, match="expected no grad") as caught:
+            torch.compile(call, backend="aot_eager", fullgraph=True)(overload)
+        assert expected in str(caught.value)
+    for name in ("default", "reference"):
         with torch.no_grad():
-            call(getattr(getattr(torch.ops.moe, op), overload))
-    with pytest.raises(Exception, match="expected no grad") as caught:
-        torch.compile(lambda: call(getattr(torch.ops.moe, op).default), backend="aot_eager", fullgraph=True)()
-    assert expected in str(caught.value)
+            call(getattr(getattr(torch.ops.moe, op), name))
 
 
 def test_a_backend_without_a_kernel() -> None:
     for op in OPS:
         for backend in set(CANDIDATES[op]) - {"reference", "triton"}:
-            line = message(getattr(getattr(torch.ops.moe, op), backend), valid(op))
-            assert line == f"{op}: backend: expected one with a kernel for cpu tensors, got {backend}"
+            for mode in (torch.no_grad, torch.inference_mode):
+                with mode():
+                    line = message(getattr(getattr(torch.ops.moe, op), backend), valid(op))
+                assert line == f"{op}: backend: expected one with a kernel for cpu tensors, got {backend}"
 
 
 def test_devices_must_agree() -> None:

@@ -19,7 +19,7 @@ import re
 import threading
 import traceback
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 
@@ -42,21 +42,8 @@ STAGED = ("cutlass_sm100", "cutlass_sm120")
 # Sets of static facts that `default` of an op remembers, about 2 KiB each: every number of tokens of a few layers.
 REMEMBERED_CALLS = 4096
 
-# Whether what is called next on this thread has had its arguments checked.
-_CALL = threading.local()
-
 # Thread -> what _answer has to say there: of a thread that is not Python's nothing else lasts from call to call.
 _WHY_NOT: dict[int, str] = {}
-
-
-def _call_checked(overload: torch._ops.OpOverload, args: tuple, options: dict) -> object:
-    """Below autograd, where it does not check again."""
-    _CALL.checked = True
-    try:
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args, **options)
-    finally:
-        _CALL.checked = False
 
 
 def _module(layer: str, op: str) -> ModuleType:
@@ -65,6 +52,21 @@ def _module(layer: str, op: str) -> ModuleType:
 
 def _overload(op: str, name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.moe, op), name)
+
+
+@cache
+def _kernel(op: str, backend: str, device: torch.device) -> Callable:
+    """A backend's kernel for tensors of this device, with nothing in front of it, below autograd."""
+    if backend not in built_backends(op, device.type):
+        refuse(op, "backend", f"one with a kernel for {device.type} tensors", backend)
+    overload = _overload(op, backend)
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, torch._C._dispatch_key_for_device(device.type)))
+
+    def kernel(*args, **options):
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keys, *args, **options)
+
+    return kernel
 
 
 def _schema(op: str) -> str:
@@ -81,11 +83,13 @@ def _define(op: str) -> None:
 
 
 def _checked(op: str, function: Callable) -> Callable:
-    """`function`, behind a look for tensors that were left out: the dispatcher lets None pass for any but the first."""
-    arguments = _overload(op, "default")._schema.arguments
+    """`function`, behind a look for gradients to record and for tensors left out: the dispatcher lets None pass."""
+    arguments, names = _overload(op, "default")._schema.arguments, _argument_names(op)
     tensors = [(i, argument.name) for i, argument in enumerate(arguments) if str(argument.type) == "Tensor"]
 
     def checked(*args, **options):
+        if torch.is_grad_enabled():
+            expect_no_grad(op, names, args, options)
         for i, name in tensors:
             if args[i] is None:
                 refuse(op, name, "a tensor", None)
@@ -95,30 +99,22 @@ def _checked(op: str, function: Callable) -> Callable:
 
 
 def _register_fakes(op: str) -> None:
-    fake, names = _checked(op, _module("meta_kernels", op).fake), _argument_names(op)
-
-    def default_fake(*args, **options):
-        if torch.is_grad_enabled():
-            expect_no_grad(op, names, args, options)
-        return fake(*args, **options)
-
-    library.register_fake(f"moe::{op}", default_fake, lib=LIBRARY)
-    for backend in CANDIDATES[op]:
-        library.register_fake(f"moe::{op}.{backend}", fake, lib=LIBRARY)
+    fake = _checked(op, _module("meta_kernels", op).fake)
+    for name in (op, *(f"{op}.{backend}" for backend in CANDIDATES[op])):
+        library.register_fake(f"moe::{name}", fake, lib=LIBRARY)
 
 
 def _register_default(op: str) -> None:
-    """Checks, chooses, calls. The chosen overload is called below autograd, where it does not check again.
+    """Checks, chooses, calls: the chosen backend's kernel, where nothing is checked again.
 
     Checks and choice read nothing but the static facts of the arguments, so they run once for each set of facts (the
     number of tokens is one of them) and are remembered. A refusal is never remembered.
     """
     check, facts = _checked(op, _module("meta_kernels", op).check), _module("ops", op).facts
     names = _argument_names(op)
-    overloads = {backend: _overload(op, backend) for backend in CANDIDATES[op]}
 
     @lru_cache(maxsize=REMEMBERED_CALLS)
-    def choose(arg_facts: tuple, option_names: tuple[str, ...], option_facts: tuple) -> torch._ops.OpOverload:
+    def choose(arg_facts: tuple, option_names: tuple[str, ...], option_facts: tuple) -> Callable:
         args = [stand_in(value) for value in arg_facts]
         options = dict(zip(option_names, map(stand_in, option_facts), strict=True))
         check(*args, **options)
@@ -126,13 +122,13 @@ def _register_default(op: str) -> None:
         problem = Problem(
             op, device.type, compute_capability(device), built_backends(op, device.type), **facts(*args, **options)
         )
-        return overloads[select(problem)]
+        return _kernel(op, select(problem), device)
 
     def default(*args, **options):
         if torch.is_grad_enabled():
             expect_no_grad(op, names, args, options)
-        overload = choose(tuple(map(static_facts, args)), tuple(options), tuple(map(static_facts, options.values())))
-        return _call_checked(overload, args, options)
+        kernel = choose(tuple(map(static_facts, args)), tuple(options), tuple(map(static_facts, options.values())))
+        return kernel(*args, **options)
 
     LIBRARY.impl(op, default, "CPU")
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"moe::{op}", "CUDA"):
@@ -187,34 +183,18 @@ def _define_with_tactic(op: str) -> None:
 
 
 def _register_backend(op: str, backend: str) -> None:
-    """What runs when a backend is called by name: the same checks, in front of its kernel."""
-    check, names = _checked(op, _module("meta_kernels", op).check), _argument_names(op)
-    overload = _overload(op, backend)
+    """What runs when a backend is called by name: the same checks, in front of its kernel.
 
-    def checked(*args, **options):
-        if torch.is_grad_enabled():
-            expect_no_grad(op, names, args, options)
-        check(*args, **options)
-        device = args[0].device
-        if backend not in built_backends(op, device.type):
-            refuse(op, "backend", f"one with a kernel for {device.type} tensors", backend)
-        return _call_checked(overload, args, options)
-
-    LIBRARY.impl(f"{op}.{backend}", checked, "Autograd")
-
-
-def _register_python_kernel(op: str, backend: str, kernel: Callable, key: str) -> None:
-    """`kernel` for one dispatch key. Inference mode, tensors made there and the bodies of custom ops pass autograd by,
-    and what checks there: checked here."""
+    At the key BackendSelect, which all calls pass. Inference mode, tensors made there and the bodies of custom ops pass
+    autograd by.
+    """
     check = _checked(op, _module("meta_kernels", op).check)
 
-    def checked_kernel(*args, **options):
-        checked, _CALL.checked = getattr(_CALL, "checked", False), False  # not what the kernel itself calls
-        if not checked:
-            check(*args, **options)
-        return kernel(*args, **options)
+    def by_name(*args, **options):
+        check(*args, **options)
+        return _kernel(op, backend, args[0].device)(*args, **options)
 
-    LIBRARY.impl(f"{op}.{backend}", checked_kernel, key)
+    LIBRARY.impl(f"{op}.{backend}", by_name, "BackendSelect")
 
 
 def _register_triton(op: str) -> None:
@@ -225,16 +205,17 @@ def _register_triton(op: str) -> None:
     def kernel(*args, **options):
         return getattr(_module("triton", op), op)(*args, **options)
 
-    _register_python_kernel(op, "triton", kernel, "CUDA")
+    LIBRARY.impl(f"{op}.triton", kernel, "CUDA")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        _register_python_kernel(op, "triton", kernel, "CPU")
+        LIBRARY.impl(f"{op}.triton", kernel, "CPU")
 
 
 def _register_stages(backend: str) -> None:
     """fused_moe of a backend that has kernels of its own for the GEMMs only."""
     if torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"moe::grouped_gemm.{backend}", "CUDA"):
-        ops = {op: _overload(op, backend if op == "grouped_gemm" else "cuda") for op in Stages._fields if op in OPS}
-        _register_python_kernel("fused_moe", backend, partial(fused_moe, Stages(**ops, backend=backend)), "CUDA")
+        backends = {op: backend if op == "grouped_gemm" else "cuda" for op in Stages._fields if op in OPS}
+        kernels = {op: _kernel(op, backends[op], torch.device("cuda")) for op in backends}
+        LIBRARY.impl(f"fused_moe.{backend}", partial(fused_moe, Stages(**kernels, backend=backend)), "CUDA")
 
 
 def _argument_names(op: str) -> list[str]:
@@ -248,7 +229,7 @@ if SHARED_LIBRARY.exists():
 for _op in OPS:
     _register_fakes(_op)
     _register_default(_op)
-    _register_python_kernel(_op, "reference", getattr(_module("reference", _op), _op), "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{_op}.reference", getattr(_module("reference", _op), _op), "CompositeExplicitAutograd")
     _register_triton(_op)
     for _backend in CANDIDATES[_op]:
         _register_backend(_op, _backend)

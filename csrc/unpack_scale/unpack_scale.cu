@@ -6,7 +6,7 @@
 namespace moe {
 namespace {
 
-// As meta_kernels/pack_scale.py checks it, where that does not run: called by name in inference mode.
+// As meta_kernels/pack_scale.py checks it.
 bool fits(const Tensor& packed, const ScaleArgs& args, int64_t lead) {
   const bool is_atom = args.layout == ScaleLayout::atom;
   if (packed.element_size() != (is_atom ? 1 : sizeof(uint32_t)) || (is_atom && !packed.is_contiguous())) return false;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from moe_cases import Call
@@ -144,9 +146,11 @@ def test_says_what_it_cannot_run(format, n, k, reason):
 
 @pytest.mark.parametrize("b_parts", [0, 2**32, 2**33])
 def test_parts_that_are_no_int32(b_parts):
-    """Of no columns, which every number divides."""
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="b_parts: expected 1 to 2147483647, got"):
-        make_call("bf16", [3, 2], 0, 64)(ops.grouped_gemm.cutlass_sm80, b_parts=b_parts)
+    """Of no columns, which every number divides. Refused by the kernel, too, behind Python's check."""
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for op in (ops.grouped_gemm.cutlass_sm80, partial(ops.grouped_gemm.cutlass_sm80.redispatch, cuda)):
+        with pytest.raises(RuntimeError, match="b_parts: expected 1 to 2147483647, got"):
+            make_call("bf16", [3, 2], 0, 64)(op, b_parts=b_parts)
 
 
 def test_an_error_of_another_kernel_is_not_this_ones():
