@@ -355,6 +355,13 @@ bool any_requires_grad(const Args&... args) {
   return call_python<bool>("moe::any_requires_grad", std::array{torch::stable::detail::from(tensors)});
 }
 
+// The dispatcher lets None pass for a tensor, but for the first one.
+template <typename Arg>
+bool is_given(const Arg& arg) {
+  if constexpr (std::is_same_v<Arg, Tensor>) return arg.defined();
+  return true;
+}
+
 // A string becomes a tensor of its bytes on the CPU, because a call through the dispatcher leaks strings.
 template <typename Arg>
 StableIValue for_python(const Arg& arg) {
@@ -387,6 +394,7 @@ struct Chosen<kFunction> {
 
   // None where another backend has to run this, or somebody has to say what is wrong with it.
   static std::optional<Tensor> try_run(Args... args) try {
+    if (!(is_given(args) && ...)) return std::nullopt;
     const auto all = std::forward_as_tuple(args...);
     const Tensor &hidden_states = std::get<0>(all), &w13 = std::get<1>(all);
     const std::string& format = std::get<14>(all);
