@@ -197,8 +197,8 @@ def expect_packed(op: str, argument: str, packed: Tensor, format: str, act_forma
     if act_format is not None and len(dtypes) > 1:
         act_format = act_format if act_format in dtypes else "bf16"
         dtypes, call = {act_format: dtypes[act_format]}, f'{call}(..., act_format="{act_format}")'
-    is_block = packed.shape[-1] * packed.dtype.itemsize == BLOCK_BYTES[format] if packed.dim() == 4 else False
-    if not (is_block and packed.dtype in dtypes.values() and packed.is_contiguous()):
+    has_blocks = packed.dim() == 4 and packed.shape[-1] * packed.dtype.itemsize == BLOCK_BYTES[format]
+    if not (has_blocks and packed.dtype in dtypes.values() and packed.is_contiguous()):
         blocks = [
             f"{dtype} [E, N/{BLOCK}, K/{BLOCK}, {BLOCK_BYTES[format] // dtype.itemsize}]".removeprefix("torch.")
             for dtype in dtypes.values()
