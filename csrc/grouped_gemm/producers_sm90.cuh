@@ -32,9 +32,9 @@ template <class C>
 constexpr int kBlockK = 128 / int(sizeof(typename C::Element));
 
 // Warp 0: a tile's weights; float8: first their scales, to L2, long before the token warps read them. All lanes go through the loop, with what the
-// compiler knows to be uniform: else it moves the operands of each copy to uniform registers in a loop of its own. Nor has it a loop for whoever may be
-// active where one lane is elected. Copies are few and large: with one
-// for each 64 rows of packed weights this warp was what the others waited for (history, 34). Calls before_stage(0), before_stage(1), ..
+// compiler knows to be uniform: else it moves the operands of each copy to uniform registers in a loop of its own. One lane is elected: of a lane chosen
+// by its number the compiler does not know that it is alone, and makes a loop again (history, 39). Copies are few and large: with one for each 64 rows
+// of packed weights this warp was what the others waited for (history, 34). Calls before_stage(0), before_stage(1), ..
 template <class C, class F>
 __device__ __forceinline__ void load_tile(const KernelParams& p, const Smem<C>& smem, const Tile& tile, PipelineState<C::kStages>& pipe, F&& before_stage) {
   auto uniform = [](int x) { return __shfl_sync(~0u, x, 0); };
